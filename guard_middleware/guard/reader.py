@@ -27,8 +27,9 @@ from guard_middleware.limits import Limits
 
 #: Pixels of one image that are read, at most; more is scaled down (12 megapixel photographs to 1773 x 1330).
 MAX_PIXELS = 1536 * 1536
-#: Longest side below which an image is enlarged: small print in a thumbnail is legible to large models.
-MIN_SIDE = 640
+#: Longest side below which an image is enlarged: small print in a thumbnail is legible to large models. (At 640 the
+#: reader took most plain shapes of 64 pixels for letters.)
+MIN_SIDE = 256
 #: Longest side of a tile; a tile may be longer only if it is at most twice as long as wide.
 TILE, OVERLAP = 1536, 160
 #: Shortest side of a tile; narrower ones get a margin, since the library enlarges them without bound.
@@ -112,7 +113,7 @@ class Reader:
             text, score = self._recognise(crop)
             if score < DOUBT:
                 text, score = max((text, score), self._recognise(crop[::-1, ::-1].copy()), key=lambda found: found[1])
-            if score >= self._min_score and text.strip():
+            if score >= self._min_score and any(char.isalnum() for char in text):
                 yield text.strip()
 
     def _detect(self, pixels: Any) -> Any:

@@ -160,3 +160,9 @@ def test_tiles_are_bounded_and_overlap():
     assert sum(tile.width for tile in tiles) == 12_000 + module.OVERLAP * (len(tiles) - 1)
     (photograph,) = module._tiles(Image.new("RGB", (4000, 3000)))
     assert photograph.width * photograph.height <= module.MAX_PIXELS * 1.01
+
+
+def test_a_shape_is_not_a_word(reader):
+    image = Image.new("RGB", (300, 300), "white")
+    ImageDraw.Draw(image).ellipse((130, 130, 170, 170), fill="black")
+    assert not any(not char.isascii() for char in reader.read(image))
