@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from guard_middleware.limits import Limits
-from guard_middleware.strictjson import dumps
+from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Action, Basis, Blob, Conversation, Message, Part, Source, Uri
 
 if TYPE_CHECKING:
     from guard_middleware.sse import Event
 
-JSONValue: TypeAlias = "bool | int | float | str | list[JSONValue] | dict[str, JSONValue] | None"
 #: raw ASGI headers, names in lower case
 Headers: TypeAlias = tuple[tuple[bytes, bytes], ...]
 #: what the operator says of a field that no table knows

@@ -1,0 +1,39 @@
+"""What requests, answers and streams of the Chat Completions API have in common: named calls and citations."""
+
+from __future__ import annotations
+
+from guard_middleware.dialects.base import Options
+from guard_middleware.dialects.chat_fields import ANNOTATION, URL_CITATION
+from guard_middleware.dialects.fields import Table, admit, as_list, as_object, in_order, invalid, unsupported_content
+from guard_middleware.strictjson import JSONValue
+from guard_middleware.types import Part, Text
+
+_ANNOTATIONS = 1024
+
+
+def read_named(
+    table: Table, value: JSONValue, path: str, options: Options
+) -> tuple[dict[str, JSONValue], str, str, list[Part]]:
+    """(what is kept, name, arguments or input, operator-named extras) of the inner object of a whole call."""
+    admitted = admit(table, value, path, options)
+    name, arguments = (admitted.texts.get(key) for key in table)
+    if name is None or arguments is None:
+        raise invalid(path, "must have a name and arguments, both strings")
+    return admitted.kept, name, arguments, [Text(text) for text in admitted.extras.values()]
+
+
+def read_annotations(value: JSONValue, path: str, options: Options) -> tuple[list[JSONValue], list[Part]]:
+    """Citations: titles and addresses are text that the reader sees."""
+    kept: list[JSONValue] = []
+    parts: list[Part] = []
+    for number, item in enumerate(as_list(value, path, _ANNOTATIONS)):
+        where = f"{path}[{number}]"
+        source = as_object(item, where)
+        if source.get("type") != "url_citation":
+            raise unsupported_content(f"{where}.type", "this type of annotation cannot be moderated")
+        outer = admit(ANNOTATION, source, where, options)
+        inner = admit(URL_CITATION, source.get("url_citation"), f"{where}.url_citation", options)
+        kept.append(in_order(source, outer.kept | {"url_citation": inner.kept}))
+        texts = [*inner.texts.values(), *inner.extras.values(), *outer.extras.values()]
+        parts += [Text(text) for text in texts if text]
+    return kept, parts

@@ -1,0 +1,218 @@
+"""The allow-list machinery that every dialect shares: one rule per field, one walk per object.
+
+A dialect declares tables of ``name -> Rule``; ``admit`` applies one table to one JSON object and hands back
+what may be sent on, apart from what must first be read. A field outside the table passes only as a number, a
+boolean or null, unless the operator named it. Names count as content too: an unknown name must be a short
+token, must not be a case variant of a known one (lenient upstreams would read it), and must not name guards.
+
+Refuses (with ``FieldError``): unknown fields that can carry text, values of the wrong JSON type, over-long or
+oddly spelled tokens and identifiers, switches whose effect cannot be screened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from guard_middleware.dialects.base import Options
+from guard_middleware.errors import RejectKind
+from guard_middleware.strictjson import JSONValue, dumps
+
+
+class Rule(Enum):
+    """What is done with one field."""
+
+    TEXT = "a string that the guard reads"
+    JSON = "any value; its JSON text is what the guard reads"
+    NESTED = "read by its own table or function; never passed as it came"
+    SCALAR = "a number, a boolean or null"
+    WORD = "a short word such as an enumeration's"
+    WORDS = "an object or list of nothing but short words, numbers and booleans"
+    NUMBERS = "an object of numbers, at any depth; strings in it are dropped"
+    IDENTIFIER = "an opaque printable string of bounded length without spaces, passed unread"
+    OFF = "a switch that may only be off: its effect cannot be screened"
+    REFUSED = "never accepted, unless null"
+    DROPPED = "removed before the value is sent on or released"
+
+
+Table = Mapping[str, Rule]
+
+_WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_IDENTIFIER = re.compile(r"[!-~]{1,256}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
+_LEAVES = 512
+
+
+class FieldError(Exception):
+    """Inside the dialects only: the entry points turn it into ``RequestRejected`` or ``UpstreamError``."""
+
+    def __init__(self, kind: RejectKind, path: str, reason: str) -> None:
+        self.kind, self.path = kind, path
+        self.message = f"{path}: {reason}" if path else reason
+        super().__init__(self.message)
+
+
+def invalid(path: str, reason: str) -> FieldError:
+    return FieldError(RejectKind.INVALID_REQUEST, path, reason)
+
+
+def unsupported_field(path: str, reason: str) -> FieldError:
+    return FieldError(RejectKind.UNSUPPORTED_FIELD, path, reason)
+
+
+def unsupported_content(path: str, reason: str) -> FieldError:
+    return FieldError(RejectKind.UNSUPPORTED_CONTENT, path, reason)
+
+
+@dataclass(slots=True)
+class Admitted:
+    """One object after its table: ``kept`` is sent on; ``texts`` and ``extras`` (by name) are for the guard.
+
+    ``kept`` holds everything but NESTED and DROPPED fields; the reader adds what it made of the NESTED ones.
+    """
+
+    kept: dict[str, JSONValue] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)
+
+
+def join(path: str, name: str | int) -> str:
+    """The public path of a member; a name that is not a short token is content and is left out."""
+    if isinstance(name, int):
+        return f"{path}[{name}]"
+    shown = name if _NAME.fullmatch(name) else "?"
+    return f"{path}.{shown}" if path else shown
+
+
+def as_object(value: JSONValue, path: str) -> dict[str, JSONValue]:
+    if not isinstance(value, dict):
+        raise invalid(path, "must be an object")
+    return value
+
+
+def as_list(value: JSONValue, path: str, longest: int) -> list[JSONValue]:
+    if not isinstance(value, list):
+        raise invalid(path, "must be an array")
+    if len(value) > longest:
+        raise invalid(path, f"has more than {longest} items")
+    return value
+
+
+def as_str(value: JSONValue, path: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(path, "must be a string")
+    return value
+
+
+def as_word(value: JSONValue, path: str) -> str:
+    if not isinstance(value, str) or not _WORD.fullmatch(value):
+        raise invalid(path, "must be a short word")
+    return value
+
+
+def as_identifier(value: JSONValue, path: str) -> str:
+    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
+        raise invalid(path, "must be at most 256 printable characters without spaces")
+    return value
+
+
+def json_text(value: JSONValue) -> str:
+    """What the guard reads of a structure: its text itself, or its compact JSON."""
+    return value if isinstance(value, str) else dumps(value).decode("utf-8")
+
+
+def is_scalar(value: JSONValue) -> bool:
+    return value is None or isinstance(value, bool | int | float)
+
+
+def in_order(source: Mapping[str, JSONValue], kept: dict[str, JSONValue]) -> dict[str, JSONValue]:
+    """``kept`` with its keys in the order in which they came."""
+    return {name: kept[name] for name in source if name in kept}
+
+
+def admit(table: Table, value: JSONValue, path: str, options: Options) -> Admitted:
+    """Apply ``table`` to the object ``value``; raises ``FieldError``."""
+    result = Admitted()
+    for name, item in as_object(value, path).items():
+        where = join(path, name)
+        rule = table.get(name)
+        if rule is None:
+            _unknown(table, name, item, where, options, result)
+        elif item is None and rule not in (Rule.DROPPED, Rule.NESTED):
+            result.kept[name] = None
+        elif rule is Rule.TEXT:
+            result.texts[name] = as_str(item, where)
+            result.kept[name] = item
+        elif rule is Rule.JSON:
+            result.texts[name] = json_text(item)
+            result.kept[name] = item
+        elif rule not in (Rule.DROPPED, Rule.NESTED):
+            result.kept[name] = _constrained(rule, item, where)
+    return result
+
+
+def _unknown(table: Table, name: str, item: JSONValue, where: str, options: Options, result: Admitted) -> None:
+    said = options.extra_fields.get(name)
+    if said is None:
+        if not _NAME.fullmatch(name) or name.casefold().replace("-", "_") in table or _GUARD.search(name):
+            raise unsupported_field(where, "is not a field of this API")
+        if not is_scalar(item):
+            raise unsupported_field(where, "is unknown and can carry content, which could not be moderated")
+    elif said == "moderated" and item is not None:
+        result.extras[name] = json_text(item)
+    result.kept[name] = item
+
+
+def _constrained(rule: Rule, item: JSONValue, where: str) -> JSONValue:
+    match rule:
+        case Rule.SCALAR:
+            if not is_scalar(item):
+                raise invalid(where, "must be a number or a boolean")
+            return item
+        case Rule.WORD:
+            return as_word(item, where)
+        case Rule.IDENTIFIER:
+            return as_identifier(item, where)
+        case Rule.OFF:
+            if item is False or (type(item) is int and item == 0):
+                return item
+            raise unsupported_field(where, "is not available, because its effect cannot be moderated")
+        case Rule.WORDS:
+            _only_words(item, where)
+            return item
+        case Rule.NUMBERS:
+            return _numbers(as_object(item, where))
+        case _:
+            raise unsupported_field(where, "is not available, because it cannot be moderated")
+
+
+def _only_words(value: JSONValue, where: str) -> None:
+    queue: list[JSONValue] = [value]
+    leaves = 0
+    while queue:
+        item = queue.pop()
+        leaves += 1
+        if leaves > _LEAVES:
+            raise invalid(where, f"has more than {_LEAVES} values")
+        if isinstance(item, dict):
+            queue.extend(item)
+            queue.extend(item.values())
+        elif isinstance(item, list):
+            queue.extend(item)
+        elif isinstance(item, str) and not _WORD.fullmatch(item):
+            raise invalid(where, "may hold short words only")
+
+
+def _numbers(value: dict[str, JSONValue]) -> dict[str, JSONValue]:
+    kept: dict[str, JSONValue] = {}
+    for name, item in value.items():
+        if not _NAME.fullmatch(name):
+            continue
+        if is_scalar(item):
+            kept[name] = item
+        elif isinstance(item, dict):
+            kept[name] = _numbers(item)
+    return kept
