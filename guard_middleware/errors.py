@@ -58,6 +58,7 @@ class RejectKind(StrEnum):
     FORBIDDEN_URL = "forbidden_url"
     IMAGE_FETCH_FAILED = "image_fetch_failed"
     BODY_TOO_LARGE = "body_too_large"
+    BODY_TIMEOUT = "body_timeout"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
 
@@ -76,6 +77,7 @@ REJECT_STATUS: dict[RejectKind, int] = {
     RejectKind.FORBIDDEN_URL: 400,
     RejectKind.IMAGE_FETCH_FAILED: 400,
     RejectKind.BODY_TOO_LARGE: 413,
+    RejectKind.BODY_TIMEOUT: 408,
     RejectKind.NOT_FOUND: 404,
     RejectKind.METHOD_NOT_ALLOWED: 405,
 }

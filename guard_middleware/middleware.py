@@ -1,0 +1,333 @@
+"""The guard as ASGI middleware: it wraps any application that serves a VLM API, and is the reverse proxy's core.
+
+    app = GuardMiddleware(app, config="guard.yaml")          # Starlette: app.add_middleware(GuardMiddleware, ...)
+
+Every request is read whole, parsed strictly, judged, and only then handed to the wrapped application as the
+re-encoded value that was judged; the answer is held until its own verdict. This module does the I/O and
+obeys a ``Transaction``; what is allowed is decided there.
+
+Refuses, before any verdict: unknown routes and methods (404, 405), WebSockets (403), bodies with a content coding or
+another type than JSON (415), bodies beyond the limits (413) or slower than them (408).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guard_middleware import config as configuration
+from guard_middleware import dialects, enforce, media
+from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
+from guard_middleware.errors import RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.runtime import Runtime
+from guard_middleware.strictjson import StrictJSONError, loads
+from guard_middleware.telemetry import HOLD_BACK
+from guard_middleware.transaction import Call, Command, Forward, Judged, Moderate, Respond, Transaction
+from guard_middleware.types import Blob
+from guard_middleware.wire import ModerationRequest
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+
+class GuardMiddleware:
+    """Wraps ``app``. ``config`` is a ``Config`` or the path of its file; ``runtime`` replaces what it would build.
+
+    Raises ``ConfigError`` for a configuration that must not start. The worker is started in the ASGI lifespan, or at
+    the first request where the host runs none.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        config: configuration.Config | str | Path | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        if runtime is None:
+            if isinstance(config, str | Path):
+                config = configuration.load(str(config))
+            runtime = Runtime(config or configuration.Config())
+        self.app, self.runtime = app, runtime
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self.runtime.start()
+            await _Exchange(self.app, self.runtime, scope, receive, send).run()
+        elif scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        else:  # a WebSocket would carry content past the guard
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def starting() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.runtime.start(wait=True)
+            return message
+
+        async def stopping(message: Message) -> None:
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"):
+                await self.runtime.aclose()
+            await send(message)
+
+        await self.app(scope, starting, stopping)
+
+
+class _Exchange:
+    """One HTTP request: reads, asks, forwards and sends as its transaction commands."""
+
+    def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._runtime, self._scope, self._receive, self._send = app, runtime, scope, receive, send
+        self._path: bytes = scope.get("raw_path") or scope["path"].encode()
+        self._headers: Headers = tuple(scope["headers"])
+        self._tx = Transaction(
+            f"gd_{secrets.token_hex(12)}",
+            scope["method"],
+            self._path.decode("latin-1"),
+            limits=runtime.config.limits,
+            created=int(time.time()),
+        )
+        self._span = runtime.telemetry.request(
+            scope["method"], scope["path"], list(self._headers), scope.get("scheme", "http")
+        )
+        self._watcher: asyncio.Task[None] | None = None
+        self._gone = False
+        self._first_byte: float | None = None
+
+    async def run(self) -> None:
+        tx = self._tx
+        try:
+            reply = await self._decide()
+            self._stop_watching()
+            await self._reply(reply)
+        except asyncio.CancelledError:
+            tx.abort("client_disconnected" if self._gone else "cancelled")
+            if not self._gone:
+                raise
+            task = asyncio.current_task()
+            assert task is not None
+            task.uncancel()
+        except Exception as error:
+            # A defect here must become neither a pass nor an answer without a record.
+            logger.exception("request %s failed inside the guard", tx.id)
+            tx.abort(f"internal_{type(error).__name__}")
+            with contextlib.suppress(Exception):
+                await self._reply(enforce.internal_error(tx.id))
+        finally:
+            self._stop_watching()
+            held = () if self._first_byte is None else ((HOLD_BACK, time.perf_counter() - self._first_byte),)
+            record = tx.record(held)
+            self._runtime.audit.write(record, trace_id=self._span.trace_id)
+            self._span.finish(record)
+
+    async def _decide(self) -> Reply:
+        try:
+            command = await self._open()
+            while not isinstance(command, Respond):
+                command = await (self._moderate(command) if isinstance(command, Moderate) else self._forward(command))
+        except (RequestRejected, UpstreamError) as error:
+            command = self._tx.fail(error)
+        return command.reply
+
+    # -- the request --
+
+    async def _open(self) -> Command:
+        runtime = self._runtime
+        route = dialects.route(self._scope["method"], self._path)
+        who = runtime.policies.identify(
+            self._headers, client=self._scope.get("client"), server=self._scope.get("server")
+        )
+        policy = runtime.policies.resolve(
+            path=self._scope["path"], tenant=who.tenant, api_key=who.api_key, peer_trusted=who.peer_trusted
+        )
+        options = runtime.options.get(route.dialect.name, Options()) if route.dialect else Options()
+        self._tx.routed(route.dialect, options, policy)
+        if route.dialect is None:
+            self._watch()
+            return self._tx.pass_through()
+        self._check_headers()
+        body = await self._read_body()
+        self._watch()
+        try:
+            value = loads(body, max_depth=runtime.config.limits.json_depth)
+        except StrictJSONError as error:
+            raise RequestRejected(RejectKind.INVALID_JSON, str(error)) from None
+        parsed = route.dialect.parse_request(value, runtime.config.limits, options)
+        if parsed.sites:
+            parsed = await self._with_media(parsed)
+        return self._tx.request(parsed)
+
+    def _header(self, name: bytes) -> str | None:
+        """The only value of a header; a repeated one is refused, because two readers may choose differently."""
+        values = [value for key, value in self._headers if key == name]
+        if len(values) > 1:
+            raise RequestRejected(RejectKind.INVALID_REQUEST, f"the header {name.decode('latin-1')} is repeated")
+        return values[0].decode("latin-1").strip() if values else None
+
+    def _check_headers(self) -> None:
+        if (self._header(b"content-encoding") or "identity").lower() != "identity":
+            raise RequestRejected(RejectKind.UNSUPPORTED_ENCODING, "send the body without Content-Encoding")
+        kind, _, parameters = (self._header(b"content-type") or "").partition(";")
+        charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+        if kind.strip().lower() != "application/json" or charset not in ("", "utf-8"):
+            raise RequestRejected(RejectKind.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json in UTF-8")
+
+    async def _read_body(self) -> bytes:
+        limits = self._runtime.config.limits
+        too_large = RequestRejected(RejectKind.BODY_TOO_LARGE, f"the body exceeds {limits.body_bytes} bytes")
+        declared = self._header(b"content-length") or "0"
+        if not declared.isdecimal() or int(declared[:20]) > limits.body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        self._gone = True
+                        raise asyncio.CancelledError
+                    body += message.get("body", b"")
+                    if len(body) > limits.body_bytes:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise RequestRejected(RejectKind.BODY_TIMEOUT, "the body did not arrive in time") from None
+
+    async def _with_media(self, parsed: ParsedRequest) -> ParsedRequest:
+        limits = self._runtime.config.limits
+        if len(parsed.sites) > limits.images:
+            raise RequestRejected(RejectKind.TOO_MANY_IMAGES, f"at most {limits.images} images are accepted")
+
+        async def canonical(uri: str) -> Blob:
+            if media.classify(uri) == "http":
+                data = await self._runtime.fetch(uri)
+                return await asyncio.to_thread(media.canonicalise, data, limits)
+            return await asyncio.to_thread(lambda: media.canonicalise(media.decode_data_url(uri, limits), limits))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {uri: group.create_task(canonical(uri)) for uri in parsed.media}
+        except* RequestRejected as errors:
+            raise _first(errors) from None
+        return parsed.with_media({uri: task.result() for uri, task in tasks.items()})
+
+    # -- the guard --
+
+    async def _moderate(self, command: Moderate) -> Command:
+        spans = [self._span.guard_call(call.source, call.choice) for call in command.calls]
+        asked = [self._ask(call, span.traceparent) for call, span in zip(command.calls, spans, strict=True)]
+        judged = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
+        before = len(self._tx.calls)
+        following = self._tx.judged(judged)
+        for span, result, call in zip(spans, judged, self._tx.calls[before:], strict=True):
+            span.end(result.outcome, call.decision)
+        return following
+
+    async def _ask(self, call: Call, traceparent: str | None) -> Judged:
+        started = time.perf_counter()
+        outcome = await self._runtime.guard.moderate(
+            ModerationRequest(call.id, call.conversation, call.source, call.deadline, call.reader, traceparent)
+        )
+        return Judged(call, outcome, time.perf_counter() - started)
+
+    # -- the upstream --
+
+    async def _forward(self, command: Forward) -> Command:
+        tx, span = self._tx, self._span
+        pending = [{"type": "http.request", "body": command.body, "more_body": False}]
+        complete = False
+        broken: UpstreamError | None = None
+
+        async def receive() -> Message:
+            if pending:
+                return pending.pop()
+            await asyncio.get_running_loop().create_future()  # no disconnect but our own cancellation
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            nonlocal complete, broken
+            if broken is not None:
+                return  # a host's error handler that still wants to answer
+            try:
+                if message["type"] == "http.response.start":
+                    tx.upstream_head(message["status"], tuple(message.get("headers", ())))
+                elif message["type"] == "http.response.body":
+                    self._first_byte = self._first_byte or time.perf_counter()
+                    tx.upstream_data(message.get("body", b""))
+                    complete = not message.get("more_body", False)
+            except UpstreamError as error:
+                broken = error
+                raise
+
+        headers = enforce.strip_request_headers(self._runtime.public_headers(self._headers))
+        if command.body:
+            headers = (*headers, (b"content-type", b"application/json"), _length(command.body))
+        span.upstream_started(tx.model, remote=self._runtime.remote)
+        scope = {**self._scope, "headers": list(span.inject(headers)), "query_string": _query(self._scope)}
+        try:
+            await self._app(scope, receive, send)
+            if broken is None and not complete:
+                broken = UpstreamError(UpstreamErrorKind.RESET, "the answer ended early")
+        except UpstreamError as error:
+            broken = broken or error
+        except Exception:
+            if broken is None:
+                logger.exception("request %s: the wrapped application failed", tx.id)
+                broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
+        span.upstream_ended(None if broken is None else broken.kind.value)
+        if broken is not None:
+            raise broken
+        return tx.upstream_end()
+
+    # -- the client --
+
+    def _watch(self) -> None:
+        """From here on a disconnect cancels whatever this request waits for. Only legal once the body is read."""
+        task = asyncio.current_task()
+        assert task is not None
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self._gone = True
+            task.cancel()
+
+        self._watcher = asyncio.create_task(watch(), name=f"{self._tx.id} client")
+
+    def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+
+    async def _reply(self, reply: Reply) -> None:
+        await self._send(
+            {"type": "http.response.start", "status": reply.status, "headers": [*reply.headers, _length(reply.body)]}
+        )
+        await self._send({"type": "http.response.body", "body": reply.body})
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(body)).encode("ascii")
+
+
+def _query(scope: Scope) -> bytes:
+    """Of the query only ``api-version``, which Azure's SDKs send: nothing else may steer an upstream."""
+    pairs = scope.get("query_string", b"").split(b"&")
+    return b"&".join(pair for pair in pairs if pair.startswith(b"api-version=") and len(pair) < 64)
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

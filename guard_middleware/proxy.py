@@ -1,0 +1,96 @@
+"""The reverse proxy: the guard in front of an upstream elsewhere, with its own health checks.
+
+``GET /guard/health`` says that the process lives, ``GET /guard/ready`` (200 or 503) that it can moderate; every
+other path goes to the guard, which refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+
+from guard_middleware.config import Config
+from guard_middleware.errors import ConfigError
+from guard_middleware.middleware import GuardMiddleware
+from guard_middleware.runtime import Runtime
+from guard_middleware.upstream import UpstreamApp
+
+if TYPE_CHECKING:
+    import socket
+
+    from starlette.requests import Request
+
+
+def create_app(config: Config, *, runtime: Runtime | None = None) -> Starlette:
+    """The proxy as an ASGI application. Raises ``ConfigError``; its lifespan raises where the worker cannot start."""
+    if config.upstream.url is None:
+        raise ConfigError("no upstream", remedy="give --upstream URL, or upstream: {url: ...} in the configuration")
+    headers = {}
+    for name, variable in config.upstream.headers_from_env.items():
+        if variable not in os.environ:
+            raise ConfigError(f"the environment variable {variable} is not set", remedy=f"it is to hold {name}")
+        headers[name] = os.environ[variable]
+    upstream = UpstreamApp(config.upstream.url, headers=headers, silence=config.limits.upstream_seconds)
+    runtime = runtime or Runtime(config, remote=True)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        try:
+            await runtime.start(wait=True)
+            yield
+        finally:
+            await upstream.aclose()
+            await runtime.aclose()
+
+    async def health(_: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(_: Request) -> JSONResponse:
+        ok = await runtime.ready()
+        return JSONResponse({"status": "ready" if ok else "not ready"}, status_code=200 if ok else 503)
+
+    return Starlette(
+        lifespan=lifespan,
+        routes=[
+            Route("/guard/health", health),
+            Route("/guard/ready", ready),
+            Mount("", app=GuardMiddleware(upstream, runtime=runtime)),
+        ],
+    )
+
+
+def server(app: Any, host: str, port: int, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
+    """A uvicorn server for ``app``; ``on_ready`` gets its base URL once it accepts requests (port 0: any free)."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        proxy_headers=False,  # the peer decides whose tenant header is believed, not X-Forwarded-For
+        access_log=False,  # the decision log says more, and never holds a query string
+        server_header=False,
+        log_config=None,
+        timeout_graceful_shutdown=30,
+    )
+    return _Server(config, on_ready)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")

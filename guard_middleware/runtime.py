@@ -1,0 +1,145 @@
+"""What the requests of one process share: policies, the guard and its worker, the fetcher, telemetry, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+from guard_middleware.audit import AuditLog
+from guard_middleware.config import Config
+from guard_middleware.dialects.base import Headers, Options
+from guard_middleware.errors import GuardError, RejectKind, RequestRejected
+from guard_middleware.evidence import ContentDigest, Redactor
+from guard_middleware.fetch import Fetcher
+from guard_middleware.guard.client import GuardClient
+from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess
+from guard_middleware.policy import PolicySet
+from guard_middleware.telemetry import Telemetry
+from guard_middleware.types import Verdict
+from guard_middleware.wire import ModerationRequest
+
+logger = logging.getLogger(__name__)
+
+#: how long a host's start waits for the worker; past it the start fails with the worker's last words
+READY_SECONDS = 300.0
+
+
+class Guard(Protocol):
+    """Whatever answers the transaction's questions."""
+
+    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
+        """Total, and no later than ``request.deadline`` seconds from now."""
+
+
+class Runtime:
+    """Built once per process from a ``Config``; ``guard`` replaces the worker that it would start.
+
+    Raises ``ConfigError`` for what cannot work. ``remote`` says that the wrapped application is an upstream
+    elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        guard: Guard | None = None,
+        telemetry: Telemetry | None = None,
+        remote: bool = False,
+    ) -> None:
+        self.config, self.remote = config, remote
+        self.policies = PolicySet(config)
+        self.options = {"chat_completions": Options(extra_fields=config.dialects.chat_completions.extra_fields)}
+        audit = config.audit
+        digest = ContentDigest.from_env(audit.hmac_key_env)
+        redactor = Redactor([(rule.pattern, rule.replacement) for rule in audit.redact])
+        self.telemetry = telemetry or Telemetry.from_env(
+            config.telemetry.service_name,
+            capture_content=config.telemetry.capture_content,
+            reasoning=audit.include_reasoning,
+            redactor=redactor,
+            digest=digest,
+        )
+        self.audit = AuditLog(audit.path, digest=digest, redactor=redactor, capture_content=audit.capture_content)
+        header = config.tenants.header
+        self._tenant_header = header.encode("latin-1") if header else b""
+        self._fetcher = (
+            Fetcher(allow=frozenset(config.images.allow), limits=config.limits) if config.images.fetch else None
+        )
+        self.worker: WorkerProcess | None = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._client: GuardClient | None = None
+        self.guard: Guard
+        if guard is not None:
+            self.guard = guard
+        else:
+            self.guard = self._client = GuardClient(self._worker_address())
+        self._started = guard is not None
+        self._starting = asyncio.Lock()
+
+    async def start(self, *, wait: bool = False) -> None:
+        """Starts the worker where it is ours; ``wait`` returns when it can moderate, or raises ``GuardError``."""
+        if not self._started:
+            async with self._starting:
+                if not self._started and self.worker is not None:
+                    await self.worker.start()
+                self._started = True
+        if wait and self.worker is not None:
+            await self.worker.wait_ready(READY_SECONDS)
+
+    async def ready(self) -> bool:
+        """Whether a request could be moderated now."""
+        return self._client is None or await self._client.ready()
+
+    async def aclose(self) -> None:
+        """Ends the worker and writes what telemetry and the log still hold."""
+        if self._client is not None:
+            await self._client.aclose()
+        if self.worker is not None:
+            await self.worker.stop()
+        if self._fetcher is not None:
+            await self._fetcher.aclose()
+        await self.telemetry.aclose()
+        await self.audit.aclose()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def public_headers(self, headers: Headers) -> Headers:
+        """Without the tenant header, which is between the operator's auth layer and us."""
+        return tuple(pair for pair in headers if pair[0] != self._tenant_header)
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes of an image at a public URL; raises ``RequestRejected``."""
+        if self._fetcher is None:
+            raise RequestRejected(RejectKind.FORBIDDEN_URL, "image URLs are not fetched here; send a data: URL")
+        return await self._fetcher.fetch(url)
+
+    def _worker_address(self) -> str:
+        worker = self.config.worker
+        if worker.url is not None:
+            return worker.url
+        if worker.socket is not None:
+            address = worker.socket
+        else:
+            self._directory = tempfile.TemporaryDirectory(prefix="guard-")  # mode 0700
+            address = str(Path(self._directory.name) / "worker.sock")
+        if worker.managed:
+            argv = [sys.executable, "-m", "guard_middleware.worker", "--model", worker.model, "--socket", address]
+            argv += ["--exit-with-parent"]
+            if worker.threads is not None:
+                argv += ["--threads", str(worker.threads)]
+            self.worker = WorkerProcess(argv, address, on_event=_log)
+        return address
+
+
+def _log(event: WorkerEvent) -> None:
+    if event.kind == "log":
+        logger.info("worker %d: %s", event.pid, event.line)
+    elif event.kind == "exited":
+        again = "not restarted" if event.delay is None else f"restarted in {event.delay:g} s"
+        logger.error("worker %d exited with %s, %s", event.pid, event.returncode, again)
+    else:
+        logger.info("worker %d %s", event.pid, event.kind)
