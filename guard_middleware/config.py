@@ -1,0 +1,497 @@
+"""One YAML file, read once, to frozen values. Every section and key is optional; what is left out fails closed.
+
+``load`` and ``parse`` raise ``ConfigError`` with the line and the remedy; nothing starts on a broken file.
+A field's ``description`` is that remedy, and the reference in docs/policy.md, so it says how to write the value.
+
+Refuses, beside what ``strictyaml`` refuses:
+    - unknown keys, wrong types, numbers out of range, durations without a unit
+    - policies that are referenced and not defined, rules that can never apply, keys that have no effect
+    - secrets in the file: they are named by environment variable
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
+
+from guard_middleware import strictyaml
+from guard_middleware.configtypes import (
+    Bytes,
+    Env,
+    FieldName,
+    HeaderName,
+    Name,
+    Network,
+    Origin,
+    Pattern,
+    RoutePath,
+    Seconds,
+    Sha256,
+    Url,
+    refuse,
+)
+from guard_middleware.errors import ConfigError
+from guard_middleware.limits import Limits
+
+BUILT_IN_POLICY = "default"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SourcePolicy(Section):
+    """What is done with one source (input or output)."""
+
+    moderate: bool = Field(default=True, description="true; false leaves this source UNGUARDED: no verdict, no refusal")
+    on_harmful: Literal["block", "annotate", "shadow"] = Field(default="block", description="block, annotate or shadow")
+    on_error: Literal["block", "annotate_unscreened", "allow_unscreened"] = Field(
+        default="block",
+        description="block; or annotate_unscreened or allow_unscreened, which let through what nobody screened",
+    )
+    threshold: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="a number between 0 and 1, such as 0.5; to guard nothing write moderate: false",
+    )
+    deadline: Seconds = Field(
+        default=10.0, description="a duration of more than 0 and at most 10m, such as 2s or 500ms"
+    )
+    show_reasoning: bool = Field(
+        default=False, description="true or false: whether the client sees the guard's reasoning"
+    )
+    reader: bool | None = Field(
+        default=None,
+        description="true or false: whether text drawn in images is read; left out, the model's own default",
+    )
+
+    @model_validator(mode="after")
+    def _no_dead_keys(self) -> Self:
+        for key in sorted(self.model_fields_set - {"moderate"}):
+            if not self.moderate:
+                raise refuse(f"`{key}` has no effect beside moderate: false", f"remove {key}, or moderate: false", key)
+        return self
+
+
+class OutputPolicy(SourcePolicy):
+    deadline: Seconds = Field(
+        default=20.0, description="a duration of more than 0 and at most 10m, such as 2s or 500ms"
+    )
+
+
+class Policy(Section):
+    """One named policy. The deadlines suit nano on a CPU; on a GPU 2s and 5s are enough."""
+
+    input: SourcePolicy = Field(default=SourcePolicy(), description="a mapping, such as {on_harmful: block}")
+    output: OutputPolicy = Field(default=OutputPolicy(), description="a mapping, such as {on_harmful: annotate}")
+    block_style: Literal["error", "soft"] = Field(
+        default="error",
+        description="error (400, or finish_reason content_filter), or soft (200 with a refusal as the answer)",
+    )
+
+
+_NOT_FOR_UPSTREAM = {
+    "host", "content-length", "content-type", "content-encoding", "accept-encoding", "transfer-encoding",
+    "connection", "te", "trailer", "upgrade", "keep-alive", "expect",
+}  # fmt: skip
+
+
+class Upstream(Section):
+    url: Url | None = Field(
+        default=None, description="the API's base URL, such as http://127.0.0.1:8000/v1 (--upstream wins)"
+    )
+    headers_from_env: Mapping[HeaderName, Env] = Field(
+        default={},
+        description="header: NAME of the environment variable that holds its value (authorization: UPSTREAM_AUTH)",
+    )
+
+    @field_validator("headers_from_env")
+    @classmethod
+    def _forwardable(cls, headers: Mapping[str, str]) -> Mapping[str, str]:
+        result: dict[str, str] = {}
+        for name, variable in headers.items():
+            if name.lower() in _NOT_FOR_UPSTREAM:
+                raise refuse(f"the header `{name}` is the gateway's own", "remove it", name)
+            if name.lower() in result:
+                raise refuse(f"the header `{name}` is given twice", "keep one of the two", name)
+            result[name.lower()] = variable
+        return result
+
+
+class Worker(Section):
+    model: str = Field(default="nano", min_length=1, description="nano, a folder, or a hub id")
+    socket: str | None = Field(
+        default=None, min_length=1, max_length=100, description="the Unix socket's path (at most 100 characters)"
+    )
+    url: Url | None = Field(
+        default=None, description="where a worker that is started elsewhere listens: http://127.0.0.1:8900"
+    )
+    manage: bool | None = Field(
+        default=None, description="true or false: whether the gateway starts and restarts the worker"
+    )
+    threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the worker, 1 to 256")
+
+    @property
+    def managed(self) -> bool:
+        """Whether the gateway owns the worker's process: yes, unless it is at a URL or ``manage`` is false."""
+        return self.url is None if self.manage is None else self.manage
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.url is not None and self.socket is not None:
+            raise refuse("the worker has both `url` and `socket`", "keep one of them", "url")
+        if self.url is not None and self.manage:
+            raise refuse("a worker at a URL is started elsewhere", "write manage: false, or use socket", "manage")
+        if self.url is not None and self.threads is not None:
+            raise refuse("`threads` has no effect on a worker that is started elsewhere", "remove it", "threads")
+        if self.manage is False and self.url is None and self.socket is None:
+            raise refuse("a worker that nobody starts and that is nowhere", "write socket or url beside it", "manage")
+        return self
+
+
+class Images(Section):
+    fetch: bool = Field(
+        default=True, description="true or false: whether http(s) image URLs are fetched (false refuses them)"
+    )
+    allow: tuple[Origin, ...] = Field(
+        default=(),
+        description="a list of host:port that may be fetched although they are not public, such as [images.corp:443]",
+    )
+
+
+class Dialect(Section):
+    extra_fields: Mapping[FieldName, Literal["moderated", "opaque"]] = Field(
+        default={}, description="field: moderated (the guard reads it) or opaque (passed UNREAD)"
+    )
+
+
+class Dialects(Section):
+    chat_completions: Dialect = Field(
+        default=Dialect(), description="a mapping, such as {extra_fields: {documents: moderated}}"
+    )
+
+
+class Route(Section):
+    path: RoutePath = Field(description="a path, or a prefix that ends in /*")
+    policy: str = Field(description="the name of a policy")
+
+
+class TenantMatch(Section):
+    tenant: str | None = Field(
+        default=None, min_length=1, max_length=128, description="the value of the tenant header, in quotes"
+    )
+    api_key_sha256: Sha256 | None = Field(
+        default=None, description="the SHA-256 of the client's API key in hex, in quotes (never the key itself)"
+    )
+    policy: str = Field(description="the name of a policy")
+
+    @model_validator(mode="after")
+    def _one_fact(self) -> Self:
+        if (self.tenant is None) == (self.api_key_sha256 is None):
+            raise refuse("a match needs exactly one of `tenant` and `api_key_sha256`", "write one rule for each")
+        return self
+
+
+class Tenants(Section):
+    header: Annotated[HeaderName, AfterValidator(str.lower)] | None = Field(
+        default=None, description="the header that your auth layer sets, such as x-tenant"
+    )
+    trusted_proxies: tuple[Network, ...] = Field(
+        default=("127.0.0.1/32", "::1/128", "unix"),
+        description="a list of addresses, CIDRs or unix: the peers whose tenant header is believed",
+    )
+    match: tuple[TenantMatch, ...] = Field(default=(), description="a list, such as [{tenant: acme, policy: strict}]")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.header in ("authorization", "cookie", "host", "x-forwarded-for") or (self.header or "").startswith(
+            "x-guard-"
+        ):
+            raise refuse(
+                "a header that clients set or that is stripped", "use one of its own, such as x-tenant", "header"
+            )
+        seen: set[str] = set()
+        for index, rule in enumerate(self.match):
+            if rule.tenant is not None and self.header is None:
+                raise refuse(
+                    "a tenant that can never match", "name the header: tenants.header: x-tenant", "match", index
+                )
+            key = f"{rule.tenant}/{rule.api_key_sha256}"
+            if key in seen:
+                raise refuse("the second rule for the same tenant or key", "keep one of them", "match", index)
+            seen.add(key)
+        return self
+
+
+class Telemetry(Section):
+    capture_content: bool = Field(
+        default=False, description="true or false: whether spans carry prompts and answers in clear"
+    )
+    reasoning: bool = Field(default=True, description="true or false: whether spans carry the guard's reasoning")
+    service_name: str = Field(
+        default="guard-gateway", min_length=1, max_length=128, description="the OpenTelemetry service.name"
+    )
+
+
+class Audit(Section):
+    path: str | None = Field(
+        default=None, min_length=1, description="the decision log's file; left out, no log is written"
+    )
+    capture_content: bool = Field(
+        default=False, description="true or false: whether records carry prompts and answers in clear"
+    )
+    redact: tuple[Pattern, ...] = Field(
+        default=(), description="a list of Python regular expressions, each quoted with ''"
+    )
+
+
+def _limit(field: dataclasses.Field[Any]) -> tuple[Any, Any]:
+    if field.name.endswith("_seconds"):
+        return Seconds, Field(
+            default=field.default, description="a duration of more than 0 and at most 10m, such as 5s"
+        )
+    if field.name.endswith("_bytes"):
+        return Bytes, Field(default=field.default, description="a size of more than 0 and at most 2GiB, such as 20MB")
+    if field.type == "float":
+        return float, Field(default=field.default, ge=1, le=1e6, description="a number from 1")
+    top = 256 if field.name == "json_depth" else 10**9
+    return int, Field(default=field.default, gt=0, le=top, description=f"a whole number from 1 to {top}")
+
+
+LimitsSection = create_model(
+    "LimitsSection",
+    __base__=Section,
+    **{field.name: _limit(field) for field in dataclasses.fields(Limits)},  # type: ignore[call-overload]
+)
+
+
+class _AsLimits:
+    """Validates as ``LimitsSection`` (so that errors keep their place) and yields ``limits.Limits``."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            _AsLimits.build,
+            handler.generate_schema(LimitsSection),
+            serialization=core_schema.plain_serializer_function_ser_schema(asdict),
+        )
+
+    @staticmethod
+    def build(section: Any) -> Limits:
+        limits = Limits(**dict(section))
+        if limits.image_min_side > limits.image_max_side:
+            raise refuse("the shortest side is longer than the longest", "swap the two values", "image_min_side")
+        return limits
+
+
+class Config(Section):
+    """Everything that an operator configures. Build one with ``load`` or ``parse``; ``Config()`` is the default."""
+
+    version: Literal[1] = Field(default=1, description="1, the only version of this file so far")
+    upstream: Upstream = Field(default=Upstream(), description="a mapping, such as {url: http://127.0.0.1:8000/v1}")
+    worker: Worker = Field(default=Worker(), description="a mapping, such as {model: nano}")
+    limits: Annotated[Limits, _AsLimits] = Field(default=Limits(), description="a mapping, such as {body_bytes: 20MB}")
+    images: Images = Field(default=Images(), description="a mapping, such as {fetch: false}")
+    dialects: Dialects = Field(
+        default=Dialects(), description="a mapping, such as {chat_completions: {extra_fields: {}}}"
+    )
+    policies: Mapping[Name, Policy] = Field(
+        default={BUILT_IN_POLICY: Policy()}, description="name: {input, output}; names are letters, digits, - _ and ."
+    )
+    default_policy: str = Field(default=BUILT_IN_POLICY, description="the name of a policy")
+    routes: tuple[Route, ...] = Field(
+        default=(), description="a list, such as [{path: /v1/chat/completions, policy: strict}]"
+    )
+    tenants: Tenants = Field(default=Tenants(), description="a mapping, such as {header: x-tenant, match: []}")
+    telemetry: Telemetry = Field(default=Telemetry(), description="a mapping, such as {service_name: guard-gateway}")
+    audit: Audit = Field(default=Audit(), description="a mapping, such as {path: decisions.jsonl}")
+
+    @field_validator("policies")
+    @classmethod
+    def _with_built_in(cls, policies: Mapping[str, Policy]) -> Mapping[str, Policy]:
+        return {BUILT_IN_POLICY: Policy(), **policies}
+
+    @field_validator("routes")
+    @classmethod
+    def _reachable(cls, routes: tuple[Route, ...]) -> tuple[Route, ...]:
+        for index, route in enumerate(routes):
+            for earlier in routes[:index]:
+                if path_matches(earlier.path, route.path):
+                    raise refuse(
+                        f"`{route.path}` can never apply: the rule for `{earlier.path}` comes first",
+                        "put it first",
+                        index,
+                    )
+        return routes
+
+    @model_validator(mode="after")
+    def _defined(self) -> Self:
+        used: list[tuple[str, tuple[str | int, ...]]] = [(self.default_policy, ("default_policy",))]
+        used += [(route.policy, ("routes", i, "policy")) for i, route in enumerate(self.routes)]
+        used += [(rule.policy, ("tenants", "match", i, "policy")) for i, rule in enumerate(self.tenants.match)]
+        for name, at in used:
+            if name not in self.policies:
+                raise refuse(f"the policy `{name[:80]}` is not defined", _choose(name, self.policies), *at)
+        return self
+
+    def with_upstream(self, url: str) -> Config:
+        """This configuration with another upstream (``--upstream``); raises ``ConfigError``."""
+        try:
+            upstream = Upstream.model_validate({**dict(self.upstream), "url": url})
+        except ValidationError as error:
+            raise _config_error(error, strictyaml.Document({}, {}), "--upstream", prefix=("upstream",)) from None
+        return self.model_copy(update={"upstream": upstream})
+
+
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a route's pattern covers a path: the same path, or below a prefix that ends in ``/*``."""
+    return path.startswith(pattern[:-1]) if pattern.endswith("/*") else path == pattern
+
+
+def load(path: str) -> Config:
+    """The configuration in a file; raises ``ConfigError`` and nothing else."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(4 * strictyaml.MAX_CHARS + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", path=path, remedy="give --config the path of a readable file"
+        ) from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "not UTF-8",
+            path=path,
+            line=data.count(b"\n", 0, error.start) + 1,
+            remedy="save the file as plain UTF-8 text",
+        ) from None
+    return parse(text, path=path)
+
+
+def parse(text: str, *, path: str | None = None) -> Config:
+    """The configuration in a text; raises ``ConfigError`` and nothing else. ``path`` is for its message."""
+    document = strictyaml.parse(text, path=path)
+    try:
+        return Config.model_validate(document.value, context={"file": True})
+    except ValidationError as error:
+        raise _config_error(error, document, path) from None
+
+
+#: Values that may be secrets, or may hold one by mistake: never repeated in a message.
+_NOT_REPEATED = {"api_key_sha256", "url", "headers_from_env"}
+
+
+_FAULTS = {
+    "model_type": "not a mapping",
+    "dict_type": "not a mapping",
+    "mapping_type": "not a mapping",
+    "tuple_type": "not a list",
+    "string_type": "not text",
+    "string_too_short": "too short",
+    "string_too_long": "too long",
+    "string_pattern_mismatch": "not in the form that is read here",
+    "bool_type": "neither true nor false",
+    "int_type": "not a whole number",
+    "int_from_float": "not a whole number",
+    "float_type": "not a number",
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "literal_error": "not one of the choices",
+}
+
+
+def _config_error(
+    error: ValidationError, document: strictyaml.Document, path: str | None, prefix: strictyaml.Path = ()
+) -> ConfigError:
+    problems = sorted((_problem(e, document, prefix) for e in error.errors(include_url=False)), key=lambda p: p[0])
+    line, message, remedy = problems[0]
+    others = sorted({other for other, _, _ in problems[1:]})
+    if others:
+        remedy += f" (then see line{'s' if len(others) > 1 else ''} {', '.join(map(str, others))})"
+    return ConfigError(message, path=path, line=line if document.lines else None, remedy=remedy)
+
+
+def _problem(error: ErrorDetails, document: strictyaml.Document, prefix: strictyaml.Path) -> tuple[int, str, str]:
+    """(line, what is wrong, what to write instead) of one pydantic error."""
+    context = error.get("ctx", {})
+    loc = tuple(step for step in (*prefix, *error["loc"], *context.get("at", ())) if step != "[key]")
+    where, parent = _dotted(loc), _dotted(loc[:-1]) or "the file"
+    section, description = _schema(loc)
+    given, fault = error["input"], error["type"]
+    remedy = f"write {description}" if description else "write sections, such as `policies:`"
+    match fault:
+        case "extra_forbidden":
+            message = f"unknown key `{str(loc[-1])[:80]}` in {parent}"
+            remedy = _choose(str(loc[-1]), section.model_fields if section else ())
+        case "missing":
+            message = f"`{loc[-1]}` is missing in {parent}"
+        case "refused":
+            message, remedy = f"{where or 'the file'}: {context['reason']}", context["remedy"]
+        case _ if given is None:
+            message = f"{where} is empty"
+        case _:
+            message = f"{where or 'the file'}: {_FAULTS.get(fault, 'not valid')}"
+            if isinstance(given, str | int | float) and not _NOT_REPEATED & set(loc):
+                message += f" ({given!r:.80})"
+            if fault == "literal_error" and (near := _near(str(given), re.findall(r"'(\w+)'", context["expected"]))):
+                remedy = f"did you mean `{near}`? {remedy}"
+            if fault == "string_type":
+                remedy = f"put it in quotes; {remedy}"
+    return document.line(loc), message, remedy
+
+
+def _near(given: str, names: Iterable[str]) -> str | None:
+    names = list(names)
+    near = difflib.get_close_matches(given, names, n=1) or [name for name in names if given and name.startswith(given)]
+    return near[0] if near else None
+
+
+def _choose(given: str, names: Iterable[str]) -> str:
+    near = _near(given, names)
+    return f"did you mean `{near}`?" if near else f"choose from {', '.join(names)}"
+
+
+def _dotted(loc: strictyaml.Path) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step[:80]}" for step in loc).removeprefix(".")
+
+
+def _schema(loc: strictyaml.Path) -> tuple[type[BaseModel] | None, str]:
+    """The section that holds ``loc``, and how to write its value: the nearest description."""
+    kind: Any = Config
+    section: type[BaseModel] | None = None
+    description = ""
+    for step in loc:
+        if kind is Limits:
+            kind = LimitsSection
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            section = kind
+            field = kind.model_fields.get(str(step))
+            if field is None:
+                break
+            kind, description = field.annotation, field.description or description
+            continue
+        arguments = typing.get_args(kind)
+        kind = arguments[-1] if typing.get_origin(kind) is Mapping else next(iter(arguments), None)
+    return section, description
