@@ -1,0 +1,308 @@
+"""Which policy applies to a request, and what it makes of a verdict. Pure: no I/O, no clock, no raw key kept.
+
+Precedence is tenant header (from a trusted peer), then API key, then route, then ``default_policy``. What the
+operator's own auth layer says wins over what the client brings, and a path, which any client can choose, never
+loosens what is set for its tenant. Nothing in a request's body, and no other header, takes part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from guard_middleware.config import Config, Policy, SourcePolicy, path_matches
+from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
+from guard_middleware.types import Action, Basis, Decision, Source, Verdict
+
+Rule = Literal["tenant", "api_key", "route", "default"]
+
+
+@dataclass(frozen=True, slots=True)
+class EffectivePolicy:
+    """The policy of one request. ``reason`` says in words which ``rule`` chose it.
+
+    ``digest`` is the SHA-256 of everything that can change a decision (not of the name): two policies that do
+    the same have the same digest. ``tenant`` is what the record says; it is set only by a trusted peer or a key.
+    """
+
+    name: str
+    digest: str
+    rule: Rule
+    reason: str
+    tenant: str | None
+    input: SourcePolicy
+    output: SourcePolicy
+    block_style: Literal["error", "soft"]
+
+    def source(self, source: Source) -> SourcePolicy:
+        return self.input if source == "input" else self.output
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``policy explain --json``."""
+        return {
+            "policy": self.name,
+            "digest": self.digest,
+            "rule": self.rule,
+            "reason": self.reason,
+            "tenant": self.tenant,
+            "block_style": self.block_style,
+            "input": self.input.model_dump(),
+            "output": self.output.model_dump(),
+            "warnings": list(_policy_warnings(self)),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who asks, as far as policy cares. ``api_key`` is the raw bearer token: hash it, keep it nowhere."""
+
+    tenant: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    peer_trusted: bool = False
+
+
+class PolicySet:
+    """The policies of one configuration, ready to be asked; immutable and shared between requests."""
+
+    def __init__(self, config: Config) -> None:
+        self._effective = {
+            name: EffectivePolicy(name, digest(p), "default", "", None, p.input, p.output, p.block_style)
+            for name, p in config.policies.items()
+        }
+        self._default = config.default_policy
+        self._routes = config.routes
+        self._header = config.tenants.header
+        self._tenants = {rule.tenant: rule.policy for rule in config.tenants.match if rule.tenant is not None}
+        self._keys = [
+            (bytes.fromhex(rule.api_key_sha256), rule.policy)
+            for rule in config.tenants.match
+            if rule.api_key_sha256 is not None
+        ]
+        self._unix = "unix" in config.tenants.trusted_proxies
+        self._networks = [ipaddress.ip_network(n) for n in config.tenants.trusted_proxies if n != "unix"]
+
+    def identify(
+        self,
+        headers: Sequence[tuple[bytes, bytes]],
+        *,
+        client: tuple[str, int] | None,
+        server: tuple[str, int | None] | None,
+    ) -> Identity:
+        """Who asks, from an ASGI scope's ``headers``, ``client`` and ``server``.
+
+        ``client`` must be the transport's peer: with uvicorn's ``proxy_headers`` it is whatever a client wrote
+        into X-Forwarded-For, so serve with ``proxy_headers=False``. Raises ``RequestRejected`` where a header
+        that decides is given twice, because the upstream might read the other one.
+        """
+        tenants = [value for name, value in headers if name == (self._header or "").encode()]
+        keys = [value for name, value in headers if name == b"authorization"]
+        for name, values in ((self._header, tenants), ("authorization", keys)):
+            if len(values) > 1:
+                raise RequestRejected(RejectKind.INVALID_REQUEST, f"the header {name} is given more than once")
+        scheme, _, token = keys[0].partition(b" ") if keys else (b"", b"", b"")
+        trusted = self.trusts(client, server)
+        return Identity(
+            tenant=tenants[0].decode("utf-8", "replace").strip() or None if tenants and trusted else None,
+            api_key=token.strip().decode("utf-8", "surrogateescape") or None if scheme.lower() == b"bearer" else None,
+            peer_trusted=trusted,
+        )
+
+    def trusts(self, client: tuple[str, int] | None, server: tuple[str, int | None] | None) -> bool:
+        """Whether a peer may name its tenant. A connection is Unix where ``server`` has no port, as ASGI says;
+        a missing ``client`` alone proves nothing (a TCP peer that is gone has none either)."""
+        if server is not None and server[1] is None:
+            return self._unix
+        try:
+            address = ipaddress.ip_address(client[0] if client else "")
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self._networks)
+
+    def resolve(
+        self, *, path: str, tenant: str | None = None, api_key: str | None = None, peer_trusted: bool = False
+    ) -> EffectivePolicy:
+        """The policy of a request to ``path`` (decoded, without query). A tenant of an untrusted peer is ignored."""
+        tenant = tenant if peer_trusted else None
+        if tenant is not None and (name := self._tenants.get(tenant)):
+            return self._chosen(name, "tenant", f"tenant `{tenant}`, named in {self._header} by a trusted peer", tenant)
+        if api_key is not None and self._keys:
+            found = self._key(hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).digest())
+            if found is not None:
+                label = f"key:{found[0].hex()[:12]}"
+                return self._chosen(found[1], "api_key", f"the API key with SHA-256 {label[4:]}...", tenant or label)
+        for route in self._routes:
+            if path_matches(route.path, path):
+                return self._chosen(route.policy, "route", f"the route {route.path}", tenant)
+        return self._chosen(self._default, "default", "default_policy, as no other rule applies", tenant)
+
+    def _key(self, given: bytes) -> tuple[bytes, str] | None:
+        found = None
+        for key in self._keys:  # all of them, so that the time taken tells nothing
+            if hmac.compare_digest(key[0], given):
+                found = key
+        return found
+
+    def _chosen(self, name: str, rule: Rule, reason: str, tenant: str | None) -> EffectivePolicy:
+        return replace(self._effective[name], rule=rule, reason=reason, tenant=tenant)
+
+
+def digest(policy: Policy) -> str:
+    """SHA-256 in hex over the policy's canonical JSON; the same for every way of writing the same policy."""
+    canonical = json.dumps({"version": 1, **policy.model_dump()}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def decide(policy: EffectivePolicy, source: Source, outcome: Verdict | GuardError, *, decision_id: str) -> Decision:
+    """What ``policy`` makes of one outcome. Total: every outcome gives a decision, and nothing is raised.
+
+    A verdict that does not judge ``source``, or whose score is no probability, is an error, never a guess.
+    """
+    rules = policy.source(source)
+    if isinstance(outcome, Verdict):
+        risk = _risk(outcome, source)
+        if risk is not None:
+            would = action = Action.ALLOW
+            if risk >= rules.threshold:
+                would = Action.ANNOTATE if rules.on_harmful == "annotate" else Action.BLOCK
+                action = Action.ALLOW if rules.on_harmful == "shadow" else would
+            return _decision(policy, source, decision_id, action, would, Basis.VERDICT, outcome, None)
+        outcome = GuardError(GuardErrorKind.UNPARSEABLE, f"the verdict does not judge the {source}")
+    action = {
+        "block": Action.BLOCK,
+        "annotate_unscreened": Action.ANNOTATE,
+        "allow_unscreened": Action.ALLOW,
+    }[rules.on_error]
+    return _decision(policy, source, decision_id, action, action, Basis.ERROR, None, outcome.kind.value)
+
+
+def is_bypass(decision: Decision) -> bool:
+    """Whether content passes that no verdict covers: count these, whatever the policy says of them."""
+    return decision.basis is not Basis.VERDICT and decision.action is not Action.BLOCK
+
+
+def _risk(verdict: Verdict, source: Source) -> float | None:
+    """The probability of harm that is held against the threshold.
+
+    Label and score come from the same token and agree at 0.5; where they do not, the worse of the two counts.
+    Without a score the label is certain. None where the verdict says nothing usable of this source.
+    """
+    label, score = verdict.label(source), verdict.score(source)
+    if label not in ("harmful", "unharmful"):
+        return None
+    if score is None:
+        return 1.0 if label == "harmful" else 0.0
+    if not (math.isfinite(score) and 0.0 <= score <= 1.0):
+        return None
+    return max(score, 0.5) if label == "harmful" else score
+
+
+def _decision(
+    policy: EffectivePolicy,
+    source: Source,
+    id: str,
+    action: Action,
+    would: Action,
+    basis: Basis,
+    verdict: Verdict | None,
+    error: str | None,
+) -> Decision:
+    return Decision(
+        id=id,
+        source=source,
+        action=action,
+        basis=basis,
+        policy=policy.name,
+        policy_digest=policy.digest,
+        would=would,
+        verdict=verdict,
+        error=error,
+        show_reasoning=policy.source(source).show_reasoning,
+    )
+
+
+_BLOCKED: dict[tuple[Source, str], str] = {
+    ("input", "error"): "BLOCK: 400 content_filter; the upstream is not called",
+    ("input", "soft"): "BLOCK: 200 with a refusal as the answer; the upstream is not called",
+    ("output", "error"): "BLOCK: finish_reason content_filter and a refusal; nothing of the answer is released",
+    ("output", "soft"): "BLOCK: 200 with a refusal as the answer; nothing of the answer is released",
+}
+_HARMFUL = {
+    "annotate": "annotate: passes, with the verdict in `moderation`",
+    "shadow": "shadow: passes unchanged; the verdict and what it would have done are recorded",
+}
+_ERROR = {
+    "block": "BLOCK: 503 guard_unavailable",
+    "annotate_unscreened": "PASSES UNSCREENED, with the error in `moderation`; counted as a bypass",
+    "allow_unscreened": "PASSES UNSCREENED; counted as a bypass",
+}
+_SOURCES: tuple[tuple[Source, str], ...] = (("input", "requests"), ("output", "answers"))
+
+
+def explain(
+    policy: EffectivePolicy,
+    config: Config,
+    *,
+    path: str,
+    tenant: str | None = None,
+    api_key_given: bool = False,
+    peer_trusted: bool = False,
+) -> str:
+    """The effective policy of a request, for a human: what happens, why this policy, and what is left unguarded."""
+    ignored = "" if peer_trusted or tenant is None else " (ignored: the peer is not in tenants.trusted_proxies)"
+    rows = [
+        ("request", f"path {path}"),
+        ("", f"tenant {tenant}{ignored}" if tenant is not None else "no tenant"),
+        ("", "an API key" if api_key_given else "no API key"),
+        ("policy", f"{policy.name} (digest {policy.digest[:12]})"),
+        ("chosen by", policy.reason),
+        *(row for source, what in _SOURCES for row in _source_rows(policy, source, what)),
+    ]
+    warnings = [*_policy_warnings(policy), *_config_warnings(config)]
+    rows += [("warning" if i == 0 else "", warning) for i, warning in enumerate(warnings)]
+    return "\n".join(f"{left:<10} {right}".rstrip() for left, right in rows) + "\n"
+
+
+def _source_rows(policy: EffectivePolicy, source: Source, what: str) -> Iterable[tuple[str, str]]:
+    rules = policy.source(source)
+    if not rules.moderate:
+        yield source, f"UNGUARDED: {what} pass without a verdict (moderate: false)"
+        return
+    harmful = _HARMFUL.get(rules.on_harmful) or _BLOCKED[source, policy.block_style]
+    reader = {None: "as the guard model's default says", True: "yes", False: "no"}[rules.reader]
+    yield source, f"harmful (score {rules.threshold:g} or more): {harmful}"
+    yield "", f"guard error or no verdict in {rules.deadline:g} s: {_ERROR[rules.on_error]}"
+    yield "", f"text drawn in images is read: {reader}"
+    yield "", f"reasoning: in trace and record{', AND SHOWN TO THE CLIENT' if rules.show_reasoning else ', not shown'}"
+
+
+def _policy_warnings(policy: EffectivePolicy) -> Iterable[str]:
+    for source, what in _SOURCES:
+        rules = policy.source(source)
+        if not rules.moderate:
+            yield f"{source} is UNGUARDED: moderate is false"
+            continue
+        if rules.on_error != "block":
+            yield f"{source} fails OPEN: when the guard is down, slow or wrong, {what} pass unscreened"
+        if rules.on_harmful != "block":
+            yield f"{source} does not block: harmful {what} pass ({rules.on_harmful})"
+        if rules.on_harmful == "shadow" and rules.on_error == "block":
+            yield f"{source} is in shadow, yet a guard error still blocks (on_error: block)"
+        if rules.threshold > 0.5:
+            yield f"{source} threshold {rules.threshold:g}: below it, what the guard calls harmful passes"
+
+
+def _config_warnings(config: Config) -> Iterable[str]:
+    for name, kind in sorted(config.dialects.chat_completions.extra_fields.items()):
+        if kind == "opaque":
+            yield f"the field `{name}` of chat_completions passes UNREAD (opaque)"
+    if config.telemetry.capture_content:
+        yield "spans carry prompts and answers in clear (telemetry.capture_content)"
+    if config.audit.capture_content:
+        yield "records carry prompts and answers in clear (audit.capture_content)"

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guard_middleware.config import Config, OutputPolicy, Policy, SourcePolicy, parse
+from guard_middleware.errors import GuardError, GuardErrorKind, RequestRejected
+from guard_middleware.policy import EffectivePolicy, PolicySet, decide, digest, explain, is_bypass
+from guard_middleware.types import Action, Basis, Label, Source, Usage, Verdict
+
+KEY, OTHER_KEY = "sk-made-up-one", "sk-made-up-two"
+CHAT = "/v1/chat/completions"
+CONFIG = f"""
+policies:
+  house: {{}}
+  strict: {{input: {{threshold: 0.2}}}}
+  loose: {{input: {{on_harmful: annotate}}}}
+  watch: {{input: {{on_harmful: shadow, on_error: allow_unscreened}}}}
+default_policy: house
+routes:
+  - {{path: {CHAT}, policy: loose}}
+  - {{path: /lab/*, policy: watch}}
+tenants:
+  header: X-Tenant
+  trusted_proxies: [127.0.0.1/32, 10.1.0.0/16, unix]
+  match:
+    - {{tenant: acme, policy: strict}}
+    - {{api_key_sha256: {hashlib.sha256(KEY.encode()).hexdigest()}, policy: watch}}
+"""
+POLICIES = PolicySet(parse(CONFIG))
+
+
+def effective(**rules: Any) -> EffectivePolicy:
+    policy = Policy(input=SourcePolicy(**rules), output=OutputPolicy(**rules))
+    return EffectivePolicy("p", digest(policy), "default", "", None, policy.input, policy.output, "error")
+
+
+def verdict(
+    request: Label = "unharmful", request_score: float = 0.1, response: Label | None = None, score: float | None = None
+) -> Verdict:
+    return Verdict(request, response, request_score, score, "it asks about locks", Usage(), "nano", "r1")
+
+
+@pytest.mark.parametrize(
+    ("path", "tenant", "api_key", "peer_trusted", "name", "rule", "recorded"),
+    [
+        ("/v1/other", None, None, True, "house", "default", None),
+        (CHAT, None, None, True, "loose", "route", None),
+        (CHAT, "acme", None, True, "strict", "tenant", "acme"),
+        (CHAT, "acme", KEY, True, "strict", "tenant", "acme"),
+        (CHAT, "acme", None, False, "loose", "route", None),
+        (CHAT, "acme", KEY, False, "watch", "api_key", "key:"),
+        (CHAT, "unknown", None, True, "loose", "route", "unknown"),
+        (CHAT, "unknown", KEY, True, "watch", "api_key", "unknown"),
+        (CHAT, None, KEY, False, "watch", "api_key", "key:"),
+        (CHAT, None, OTHER_KEY, True, "loose", "route", None),
+        (CHAT, None, KEY + " ", True, "loose", "route", None),
+        (CHAT, None, "\udcff", True, "loose", "route", None),
+        (CHAT, "ACME", None, True, "loose", "route", "ACME"),
+        (CHAT + "/", None, None, True, "house", "default", None),
+        (CHAT.upper(), None, None, True, "house", "default", None),
+        ("/" + CHAT, None, None, True, "house", "default", None),
+        ("/lab/v1/x", None, None, True, "watch", "route", None),
+        ("/lab/", None, None, True, "watch", "route", None),
+        ("/lab", None, None, True, "house", "default", None),
+        ("/laboratory", None, None, True, "house", "default", None),
+    ],
+)
+def test_tenant_outranks_key_outranks_route_outranks_default(
+    path: str, tenant: str | None, api_key: str | None, peer_trusted: bool, name: str, rule: str, recorded: str | None
+) -> None:
+    policy = POLICIES.resolve(path=path, tenant=tenant, api_key=api_key, peer_trusted=peer_trusted)
+    assert (policy.name, policy.rule) == (name, rule)
+    if recorded == "key:":
+        assert policy.tenant == f"key:{hashlib.sha256(KEY.encode()).hexdigest()[:12]}"
+    else:
+        assert policy.tenant == recorded
+
+
+def test_without_configuration_everything_is_blocked_by_the_built_in_policy() -> None:
+    policy = PolicySet(Config()).resolve(path=CHAT, tenant="acme", api_key=KEY, peer_trusted=True)
+    assert (policy.name, policy.rule) == ("default", "default")
+    for source in get_args(Source):
+        harmful = verdict("harmful", 0.9, "harmful", 0.9)
+        assert decide(policy, source, harmful, decision_id="d").action is Action.BLOCK
+        assert decide(policy, source, GuardError("timeout"), decision_id="d").action is Action.BLOCK
+
+
+TCP = ("127.0.0.1", 8080)
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "trusted"),
+    [
+        (("127.0.0.1", 5), TCP, True),
+        (("10.1.2.3", 5), TCP, True),
+        (("::ffff:10.1.2.3", 5), TCP, True),
+        (("10.2.0.1", 5), TCP, False),
+        (("::1", 5), TCP, False),
+        (("fe80::1%eth0", 5), TCP, False),
+        (("testclient", 5), TCP, False),
+        (("", 5), TCP, False),
+        (None, ("/run/gateway.sock", None), True),
+        (None, TCP, False),
+        (None, None, False),
+    ],
+)
+def test_which_peers_may_name_their_tenant(
+    client: tuple[str, int] | None, server: tuple[str, int | None] | None, trusted: bool
+) -> None:
+    assert POLICIES.trusts(client, server) is trusted
+    identity = POLICIES.identify([(b"x-tenant", b"acme")], client=client, server=server)
+    assert identity.tenant == ("acme" if trusted else None)
+    assert identity.peer_trusted is trusted
+
+
+def test_a_unix_socket_is_trusted_only_where_the_file_says_so() -> None:
+    policies = PolicySet(parse("tenants: {header: x-tenant, trusted_proxies: [127.0.0.1]}"))
+    assert policies.trusts(None, ("/run/gateway.sock", None)) is False
+
+
+@pytest.mark.parametrize(
+    ("headers", "tenant", "api_key"),
+    [
+        ([], None, None),
+        ([(b"authorization", b"Bearer sk-a")], None, "sk-a"),
+        ([(b"authorization", b"bearer  sk-a ")], None, "sk-a"),
+        ([(b"authorization", b"Basic sk-a")], None, None),
+        ([(b"authorization", b"sk-a")], None, None),
+        ([(b"authorization", b"Bearer ")], None, None),
+        ([(b"x-api-key", b"sk-a")], None, None),
+        ([(b"x-tenant", b" acme ")], "acme", None),
+        ([(b"x-tenant", b"")], None, None),
+        ([(b"x-tenant", b"a\xff")], "a\ufffd", None),
+        ([(b"x-other", b"acme"), (b"x-guard-policy", b"loose")], None, None),
+    ],
+)
+def test_who_asks_is_read_from_two_headers_and_no_other(
+    headers: list[tuple[bytes, bytes]], tenant: str | None, api_key: str | None
+) -> None:
+    identity = POLICIES.identify(headers, client=("127.0.0.1", 5), server=TCP)
+    assert (identity.tenant, identity.api_key) == (tenant, api_key)
+
+
+@pytest.mark.parametrize("name", [b"x-tenant", b"authorization"])
+@pytest.mark.parametrize("peer", ["127.0.0.1", "192.0.2.1"])
+def test_a_header_that_decides_must_not_be_given_twice(name: bytes, peer: str) -> None:
+    with pytest.raises(RequestRejected) as caught:
+        POLICIES.identify([(name, b"Bearer a"), (name, b"Bearer a")], client=(peer, 5), server=TCP)
+    assert caught.value.status == 400
+
+
+def test_the_raw_key_is_in_no_representation() -> None:
+    identity = POLICIES.identify([(b"authorization", b"Bearer " + KEY.encode())], client=("127.0.0.1", 5), server=TCP)
+    policy = POLICIES.resolve(path=CHAT, api_key=identity.api_key)
+    text = explain(policy, parse(CONFIG), path=CHAT, api_key_given=True)
+    for shown in (repr(identity), repr(policy), json.dumps(policy.to_dict()), text, repr(vars(POLICIES))):
+        assert KEY not in shown
+
+
+@pytest.mark.parametrize(
+    ("rules", "outcome", "action", "would", "basis"),
+    [
+        ({}, verdict(), "allow", "allow", "verdict"),
+        ({}, verdict("harmful", 0.9), "block", "block", "verdict"),
+        ({}, verdict("harmful", 0.5), "block", "block", "verdict"),
+        ({"threshold": 0.7}, verdict("harmful", 0.69), "allow", "allow", "verdict"),
+        ({"threshold": 0.7}, verdict("harmful", 0.7), "block", "block", "verdict"),
+        ({"threshold": 0.3}, verdict("unharmful", 0.3), "block", "block", "verdict"),
+        ({"threshold": 0.3}, verdict("unharmful", 0.29), "allow", "allow", "verdict"),
+        # label and score disagree: the worse counts
+        ({}, verdict("harmful", 0.1), "block", "block", "verdict"),
+        ({}, verdict("unharmful", 0.9), "block", "block", "verdict"),
+        ({"on_harmful": "annotate"}, verdict("harmful", 0.9), "annotate", "annotate", "verdict"),
+        ({"on_harmful": "annotate"}, verdict(), "allow", "allow", "verdict"),
+        ({"on_harmful": "shadow"}, verdict("harmful", 0.9), "allow", "block", "verdict"),
+        ({"on_harmful": "shadow"}, verdict(), "allow", "allow", "verdict"),
+        ({"on_harmful": "shadow"}, GuardError("timeout"), "block", "block", "error"),
+        ({"on_error": "annotate_unscreened"}, GuardError("timeout"), "annotate", "annotate", "error"),
+        ({"on_error": "allow_unscreened"}, GuardError("timeout"), "allow", "allow", "error"),
+        ({"on_error": "allow_unscreened"}, verdict("harmful", 0.9), "block", "block", "verdict"),
+        # no usable verdict
+        ({}, verdict("unharmful", math.nan), "block", "block", "error"),
+        ({}, verdict("unharmful", -0.1), "block", "block", "error"),
+        ({}, verdict("unharmful", math.inf), "block", "block", "error"),
+        ({}, verdict("safe", 0.1), "block", "block", "error"),  # type: ignore[arg-type]
+        # a source that is not moderated is not asked about; a verdict that is there counts all the same
+        ({"moderate": False}, verdict("harmful", 0.9), "block", "block", "verdict"),
+    ],
+)
+def test_what_policy_makes_of_an_outcome(
+    rules: dict[str, Any], outcome: Verdict | GuardError, action: str, would: str, basis: str
+) -> None:
+    decision = decide(effective(**rules), "input", outcome, decision_id="d1")
+    assert (decision.action, decision.would, decision.basis) == (action, would, basis)
+    assert (decision.id, decision.source, decision.policy) == ("d1", "input", "p")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "action", "basis"),
+    [
+        (verdict("harmful", 0.9, "unharmful", 0.1), "allow", "verdict"),
+        (verdict("unharmful", 0.1, "harmful", 0.9), "block", "verdict"),
+        (verdict("unharmful", 0.1, "harmful", None), "block", "verdict"),
+        (verdict("unharmful", 0.1, "unharmful", None), "allow", "verdict"),
+        (verdict("unharmful", 0.1), "block", "error"),
+    ],
+)
+def test_an_answer_is_judged_by_its_own_label(outcome: Verdict, action: str, basis: str) -> None:
+    decision = decide(effective(), "output", outcome, decision_id="d")
+    assert (decision.action, decision.basis) == (action, basis)
+
+
+POLICY_RULES = st.fixed_dictionaries(
+    {
+        "on_harmful": st.sampled_from(["block", "annotate", "shadow"]),
+        "on_error": st.sampled_from(["block", "annotate_unscreened", "allow_unscreened"]),
+        "threshold": st.floats(0.01, 0.99),
+        "show_reasoning": st.booleans(),
+    }
+)
+LABELS = st.sampled_from(get_args(Label))
+VERDICTS = st.builds(
+    verdict, LABELS, st.floats(allow_nan=True), st.none() | LABELS, st.none() | st.floats(0, 1) | st.just(math.nan)
+)
+ERRORS = st.builds(GuardError, st.sampled_from(list(GuardErrorKind)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(POLICY_RULES, st.sampled_from(get_args(Source)), VERDICTS | ERRORS)
+def test_no_harm_passes_a_block_and_no_error_is_ever_a_verdict(
+    rules: dict[str, Any], source: Source, outcome: Verdict | GuardError
+) -> None:
+    policy = effective(**rules)
+    decision = decide(policy, source, outcome, decision_id="d")
+    assert decision == decide(policy, source, outcome, decision_id="d")
+    assert (decision.basis is Basis.VERDICT) == (decision.verdict is not None) == (decision.error is None)
+    assert decision.show_reasoning is rules["show_reasoning"]
+    if isinstance(outcome, GuardError):
+        assert decision.basis is Basis.ERROR
+        assert decision.error == outcome.kind.value
+    if decision.basis is Basis.ERROR:
+        assert (decision.action is Action.BLOCK) == (rules["on_error"] == "block")
+        assert is_bypass(decision) == (rules["on_error"] != "block")
+        return
+    assert isinstance(outcome, Verdict)
+    assert not is_bypass(decision)
+    score = outcome.score(source)
+    if (score is not None and score >= rules["threshold"]) or (
+        outcome.label(source) == "harmful" and rules["threshold"] <= 0.5
+    ):
+        expected = {"block": Action.BLOCK, "annotate": Action.ANNOTATE, "shadow": Action.ALLOW}
+        assert decision.action is expected[rules["on_harmful"]]
+        assert decision.would is (Action.BLOCK if rules["on_harmful"] == "shadow" else decision.action)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), LABELS, st.floats(0, 1))
+def test_a_lower_threshold_never_lets_more_through(a: float, b: float, label: Label, score: float) -> None:
+    low, high = sorted((a, b))
+    if decide(effective(threshold=low), "input", verdict(label, score), decision_id="d").action is Action.ALLOW:
+        assert decide(effective(threshold=high), "input", verdict(label, score), decision_id="d").action is Action.ALLOW
+
+
+def _digest(text: str) -> str:
+    return PolicySet(parse(text)).resolve(path="/").digest
+
+
+BASE = "policies: {default: {input: {threshold: 0.3, deadline: 2s}, block_style: soft}}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "policies: {default: {block_style: soft, input: {deadline: 2000ms, threshold: 0.30}}}",
+        BASE + "\nlimits: {images: 3}",
+        "policies: {p: {block_style: soft, input: {deadline: 2s, threshold: 0.3}}}\ndefault_policy: p",
+        "policies: {default: {input: {threshold: 0.3, deadline: 2s, on_error: block}, output: {}, block_style: soft}}",
+    ],
+)
+def test_the_digest_is_the_same_however_the_policy_is_written(text: str) -> None:
+    assert _digest(text) == _digest(BASE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"moderate": False},
+        {"on_harmful": "shadow"},
+        {"on_error": "allow_unscreened"},
+        {"threshold": 0.51},
+        {"deadline": 9.0},
+        {"show_reasoning": True},
+        {"reader": True},
+    ],
+)
+def test_every_rule_changes_the_digest(change: dict[str, Any]) -> None:
+    digests = {
+        digest(Policy()),
+        digest(Policy(input=SourcePolicy(**change))),
+        digest(Policy(output=OutputPolicy(**change))),
+    }
+    assert len(digests) == 3
+    assert set(change) <= set(SourcePolicy.model_fields)
+
+
+def test_the_digest_of_the_default_policy_is_pinned() -> None:
+    # Records of past decisions name it: change it knowingly, with the version inside the digest.
+    assert digest(Policy()) == "7070282f270f3071eeb60ca94d48dc1dc8cf5f2b959328aadd791c63c8b55338"
+
+
+def _explain(text: str, **facts: Any) -> str:
+    config = parse(text)
+    policy = PolicySet(config).resolve(
+        path=CHAT, tenant=facts.get("tenant"), peer_trusted=facts.get("peer_trusted", False)
+    )
+    return explain(policy, config, path=CHAT, **facts)
+
+
+def test_explain_tells_what_happens_and_why() -> None:
+    text = _explain(CONFIG, tenant="acme", peer_trusted=True)
+    assert "policy     strict (digest " in text
+    assert "chosen by  tenant `acme`, named in x-tenant by a trusted peer" in text
+    assert "harmful (score 0.2 or more): BLOCK: 400 content_filter; the upstream is not called" in text
+    assert "guard error or no verdict in 10 s: BLOCK: 503 guard_unavailable" in text
+    assert "harmful (score 0.5 or more): BLOCK: finish_reason content_filter" in text
+    assert "warning" not in text
+
+
+def test_explain_says_that_an_untrusted_tenant_is_ignored() -> None:
+    text = _explain(CONFIG, tenant="acme", peer_trusted=False)
+    assert "ignored: the peer is not in tenants.trusted_proxies" in text
+    assert f"the route {CHAT}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("policies: {default: {output: {moderate: false}}}", "output is UNGUARDED"),
+        ("policies: {default: {output: {moderate: false}}}", "UNGUARDED: answers pass without a verdict"),
+        ("policies: {default: {input: {on_error: allow_unscreened}}}", "input fails OPEN"),
+        ("policies: {default: {input: {on_error: allow_unscreened}}}", "PASSES UNSCREENED; counted as a bypass"),
+        ("policies: {default: {input: {on_error: annotate_unscreened}}}", "input fails OPEN"),
+        ("policies: {default: {input: {on_harmful: annotate}}}", "input does not block"),
+        ("policies: {default: {output: {on_harmful: shadow}}}", "a guard error still blocks"),
+        ("policies: {default: {input: {threshold: 0.8}}}", "threshold 0.8"),
+        ("policies: {default: {input: {show_reasoning: true}}}", "SHOWN TO THE CLIENT"),
+        ("policies: {default: {block_style: soft}}", "200 with a refusal"),
+        (
+            "dialects: {chat_completions: {extra_fields: {trace: opaque, docs: moderated}}}",
+            "`trace` of chat_completions",
+        ),
+        ("telemetry: {capture_content: true}", "spans carry prompts"),
+        ("audit: {capture_content: true}", "records carry prompts"),
+    ],
+)
+def test_explain_names_everything_that_is_left_open(text: str, words: str) -> None:
+    assert words in _explain(text)
+    assert words not in _explain("")
+
+
+def test_the_effective_policy_is_plain_json() -> None:
+    policy = POLICIES.resolve(path="/lab/x")
+    value = json.loads(json.dumps(policy.to_dict()))
+    assert (value["policy"], value["rule"], value["digest"]) == ("watch", "route", policy.digest)
+    assert value["input"]["on_error"] == "allow_unscreened"
+    assert any("fails OPEN" in warning for warning in value["warnings"])
+    assert replace(policy, tenant="x").to_dict()["tenant"] == "x"
