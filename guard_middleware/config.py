@@ -246,21 +246,44 @@ class Telemetry(Section):
     capture_content: bool = Field(
         default=False, description="true or false: whether spans carry prompts and answers in clear"
     )
-    reasoning: bool = Field(default=True, description="true or false: whether spans carry the guard's reasoning")
     service_name: str = Field(
         default="guard-gateway", min_length=1, max_length=128, description="the OpenTelemetry service.name"
     )
 
 
+class Redaction(Section):
+    pattern: Pattern = Field(description="a Python regular expression, quoted with ''")
+    replacement: str = Field(default="[redacted]", description="what replaces a match, such as '[email]'")
+
+    @model_validator(mode="after")
+    def _template(self) -> Self:
+        try:
+            re.compile(self.pattern).sub(self.replacement, "")
+        except (re.error, IndexError) as error:
+            raise refuse(
+                f"a replacement that cannot be used ({error})", "double each backslash", "replacement"
+            ) from None
+        return self
+
+
 class Audit(Section):
+    """``include_reasoning`` and ``redact`` hold for spans and records alike."""
+
     path: str | None = Field(
         default=None, min_length=1, description="the decision log's file; left out, no log is written"
+    )
+    include_reasoning: bool = Field(
+        default=True, description="true or false: whether spans and records carry the guard's reasoning"
     )
     capture_content: bool = Field(
         default=False, description="true or false: whether records carry prompts and answers in clear"
     )
-    redact: tuple[Pattern, ...] = Field(
-        default=(), description="a list of Python regular expressions, each quoted with ''"
+    redact: tuple[Redaction, ...] = Field(
+        default=(), description="a list, such as [{pattern: '[0-9]{16}', replacement: '[card]'}]"
+    )
+    hmac_key_env: Env = Field(
+        default="GUARD_MIDDLEWARE_HMAC_KEY",
+        description="NAME of the environment variable that holds the key of content digests",
     )
 
 
@@ -398,7 +421,7 @@ def parse(text: str, *, path: str | None = None) -> Config:
 
 
 #: Values that may be secrets, or may hold one by mistake: never repeated in a message.
-_NOT_REPEATED = {"api_key_sha256", "url", "headers_from_env"}
+_NOT_REPEATED = {"api_key_sha256", "url", "headers_from_env", "hmac_key_env"}
 
 
 _FAULTS = {

@@ -48,7 +48,7 @@ tenants:
   trusted_proxies: [10.0.0.0/8, "::1", unix]
   match: [{tenant: acme, policy: watch}, {api_key_sha256: %s, policy: default}]
 telemetry: {service_name: guard}
-audit: {path: decisions.jsonl, redact: ['[0-9]{16}']}
+audit: {path: decisions.jsonl, redact: [{pattern: '[0-9]{16}', replacement: '[card]'}]}
 """
         % ("AB" * 32)
     )
@@ -213,8 +213,10 @@ BROKEN = [
     ("limits: {images: 0x10}", 1, "a number in a form", "plain decimal"),
     ("limits: {images: 010}", 1, "a number in a form", "plain decimal"),
     # record
-    ("audit: {redact: ['(']}", 1, "not a regular expression", "quoted"),
-    ("audit: {redact: ['a*']}", 1, "matches the empty text", "use +"),
+    ("audit: {redact: [{pattern: '('}]}", 1, "not a regular expression", "quoted"),
+    ("audit: {redact: [{pattern: 'a+', replacement: '\\1'}]}", 1, "replacement that cannot be used", "backslash"),
+    ("audit: {hmac_key_env: null}", 1, "audit.hmac_key_env is empty", "NAME"),
+    ("audit: {redact: [{pattern: 'a*'}]}", 1, "matches the empty text", "use +"),
     ("telemetry: {capture_content: on}", 1, "`on` is true or false", "write true"),
     # YAML itself
     ("a: [1, 2", 1, "not YAML", "check indentation"),
@@ -258,6 +260,7 @@ def test_every_problem_is_mentioned_and_the_first_one_told() -> None:
         "tenants: {match: [{api_key_sha256: 7777777, policy: default}]}",
         "upstream: {url: 'http://user:sk-hidden@host/v1'}",
         "upstream: {headers_from_env: {authorization: 'Bearer sk-hidden'}}",
+        "audit: {hmac_key_env: sk-hidden}",
     ],
 )
 def test_what_may_be_a_secret_is_never_repeated(text: str) -> None:
