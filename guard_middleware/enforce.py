@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 
-from guard_middleware.dialects.base import Dialect, Headers, Notice, ParsedRequest, PublicError, Reply
+from guard_middleware.dialects.base import Dialect, Headers, Notice, PublicError, Reply
 from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.errors import GuardErrorKind, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue
@@ -97,12 +96,6 @@ def blocked_prompt(dialect: Dialect | None, notice: Notice) -> Reply:
         headers=guard_headers(notice.id, "block"),
     )
     return _render(dialect, error)
-
-
-def soft_block(dialect: Dialect, request: ParsedRequest, notice: Notice, created: int) -> Reply:
-    """A blocked prompt as an ordinary answer (soft mode). ``created`` is Unix time in seconds."""
-    reply = dialect.soft_block(request, notice, created)
-    return replace(reply, headers=reply.headers + guard_headers(notice.id, "block"))
 
 
 def guard_unavailable(dialect: Dialect | None, decision: Decision, retry_after: float | None = None) -> Reply:

@@ -230,7 +230,7 @@ class ChatStreamParser:
             if not isinstance(kind, str) or kind not in TOOL_CALLS:
                 raise unsupported_content(f"{where}.type", "this type of tool call cannot be moderated")
             call = state.calls.setdefault(index, _Call(kind=kind))
-            if source.get("type") not in (None, "", call.kind):
+            if source.get("type") not in (None, call.kind):
                 raise invalid(f"{where}.type", "changes in the middle of a call")
             admitted = admit(TOOL_CALLS[call.kind], source, where, self._options)
             _gather(state.extras, admitted.extras)
