@@ -104,7 +104,7 @@ def decode_request(frame: bytes) -> ModerationRequest:
         )
     except WireError:
         raise
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise WireError(f"malformed frame ({type(error).__name__})") from None
 
 
@@ -215,7 +215,7 @@ def decode_answer(data: bytes | str) -> tuple[str, Verdict | GuardError]:
         )
     except WireError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise WireError(f"malformed answer ({type(error).__name__})") from None
 
 

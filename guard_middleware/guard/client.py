@@ -1,0 +1,227 @@
+"""The gateway's end of the guard: one persistent, multiplexed WebSocket to the worker.
+
+``GuardClient.moderate`` is total. It returns a ``Verdict`` or a ``GuardError`` and raises neither for a worker that
+is absent, slow, killed or talking nonsense, nor does it outlive the request's deadline. A dead worker
+costs a dictionary look-up, not a connection attempt, until a short back-off is over.
+
+Refuses: an answer that ``wire.decode_answer`` refuses, a text message, a ``retry_after`` that is no
+duration (each ends the connection, and with it every question in flight); a verdict with a response label where no
+answer was given to judge, or without one where it was (an ``internal`` error of that one question).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+
+from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.types import Verdict
+from guard_middleware.wire import ModerationRequest, WireError, decode_answer, encode_request
+
+logger = logging.getLogger(__name__)
+
+#: bytes of one answer; a longer one is refused
+_MAX_ANSWER = 8 * 1024 * 1024
+#: what a verdict may take past its deadline before this side gives up: the worker's own timeout says more
+_SLACK = 0.05
+_BACKOFF_MIN, _BACKOFF_MAX = 0.05, 1.0
+_CONNECT_SECONDS = 2.0
+
+
+class GuardClient:
+    """Asks the worker at ``address``: the path of its Unix socket, or ``http://127.0.0.1:PORT``.
+
+    Connects at the first question and again whenever it has to. Use from one event loop. ``max_frame`` bounds one
+    encoded question in bytes, images included; it must not exceed the worker's own bound.
+    """
+
+    def __init__(self, address: str | Path, *, max_frame: int = 128 * 1024 * 1024) -> None:
+        self._address, self._max_frame = str(address), max_frame
+        self._session: _Session | None = None
+        self._connecting: asyncio.Task[_Session | GuardError] | None = None
+        self._backoff = 0.0
+        self._retry_at = 0.0
+        self._count = 0
+        self._closed = False
+        #: answers to questions that nobody waits for (mostly late ones)
+        self.unknown_answers = 0
+
+    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
+        """The guard's verdict, or why there is none, at most ``request.deadline`` seconds (plus 50 ms) from now.
+
+        Cancelling the caller cancels the question in the worker.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        if not 0.0 < request.deadline < math.inf:
+            return GuardError(GuardErrorKind.TIMEOUT, "no time was left to ask the guard")
+        try:
+            async with asyncio.timeout_at(started + request.deadline + _SLACK):
+                session = self._session
+                if session is None or session.dead:
+                    session = await self._connect()
+                self._count += 1
+                left = started + request.deadline - loop.time()
+                question = replace(request, id=f"{request.id}#{self._count}", deadline=max(left, 0.001))
+                frame = encode_request(question)
+                if len(frame) > self._max_frame:
+                    return GuardError(GuardErrorKind.TOO_LONG, "the content exceeds what one question may hold")
+                outcome = await session.ask(question.id, frame)
+        except TimeoutError:
+            return GuardError(GuardErrorKind.TIMEOUT, "no verdict before the deadline")
+        except GuardError as error:
+            return error
+        except WireError as error:
+            return GuardError(GuardErrorKind.INTERNAL, str(error))
+        if isinstance(outcome, Verdict) and (outcome.response is None) != (request.conversation.answer is None):
+            return GuardError(GuardErrorKind.INTERNAL, "the verdict does not label what it was asked to judge")
+        return outcome
+
+    async def ready(self) -> bool:
+        """True if the worker says that it can moderate. Never raises; answers within two seconds."""
+        host = None if self._address.startswith("http") else "http://worker"
+        transport = httpx.AsyncHTTPTransport(uds=self._address) if host else httpx.AsyncHTTPTransport()
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url=host or self._address, timeout=2.0) as client:
+                return (await client.get("/ready")).status_code == 200
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
+
+    async def aclose(self) -> None:
+        """Ends the connection; questions in flight, and later ones, are ``unavailable``."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        if self._session is not None:
+            await self._session.aclose()
+
+    async def _connect(self) -> _Session:
+        """A living session; raises ``GuardError``. One attempt at a time, shared by all who wait."""
+        if self._closed:
+            raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard client is closed")
+        if self._connecting is None:
+            wait = self._retry_at - asyncio.get_running_loop().time()
+            if wait > 0:
+                raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker is not reachable", retry_after=1.0)
+            self._connecting = asyncio.create_task(self._open(), name="guard-connect")
+        outcome = await asyncio.shield(self._connecting)
+        if isinstance(outcome, GuardError):
+            raise outcome
+        return outcome
+
+    async def _open(self) -> _Session | GuardError:
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                connection = await self._handshake()
+        except (OSError, TimeoutError, WebSocketException) as error:
+            self._backoff = min(max(self._backoff * 2, _BACKOFF_MIN), _BACKOFF_MAX)
+            self._retry_at = asyncio.get_running_loop().time() + self._backoff
+            logger.warning("guard worker not reachable at %s: %s", self._address, type(error).__name__)
+            return GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker is not reachable", retry_after=1.0)
+        else:
+            self._backoff = 0.0
+            self._session = _Session(connection, self)
+            return self._session
+        finally:
+            self._connecting = None
+
+    async def _handshake(self) -> ClientConnection:
+        # One host: no compression, and no pings, because the kernel tells when the other process is gone.
+        if self._address.startswith("http"):
+            uri = f"ws://{urlsplit(self._address).netloc}/v1/session"
+            return await connect(
+                uri, proxy=None, compression=None, max_size=_MAX_ANSWER, ping_interval=None, close_timeout=1.0
+            )
+        return await unix_connect(
+            self._address,
+            "ws://worker/v1/session",
+            compression=None,
+            max_size=_MAX_ANSWER,
+            ping_interval=None,
+            close_timeout=1.0,
+        )
+
+
+class _Session:
+    """One connection and the questions in flight on it."""
+
+    def __init__(self, connection: ClientConnection, client: GuardClient) -> None:
+        self._connection, self._client = connection, client
+        self._pending: dict[str, asyncio.Future[Verdict | GuardError]] = {}
+        self._chores: set[asyncio.Task[None]] = set()
+        self._reader = asyncio.create_task(self._read(), name="guard-answers")
+        self.dead = False
+
+    async def ask(self, id: str, frame: bytes) -> Verdict | GuardError:
+        future: asyncio.Future[Verdict | GuardError] = asyncio.get_running_loop().create_future()
+        self._pending[id] = future
+        try:
+            await self._connection.send(frame)
+            return await future
+        except ConnectionClosed:
+            return _gone()
+        except asyncio.CancelledError:  # the deadline, or the caller went away
+            self._chore(self._cancel(id))
+            raise
+        finally:
+            self._pending.pop(id, None)
+
+    async def aclose(self) -> None:
+        self.dead = True
+        await self._connection.close()
+        await asyncio.gather(self._reader, *self._chores, return_exceptions=True)
+
+    def _chore(self, work: asyncio._CoroutineLike[None]) -> None:
+        task = asyncio.create_task(work)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _cancel(self, id: str) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            await self._connection.send(json.dumps({"cancel": id}))
+
+    async def _read(self) -> None:
+        try:
+            async for message in self._connection:
+                id, outcome = _decode(message)
+                future = self._pending.pop(id, None)
+                if future is None or future.done():
+                    self._client.unknown_answers += 1
+                else:
+                    future.set_result(outcome)
+        except WireError as error:
+            logger.error("the guard worker sent garbage (%s); dropping the connection", error)
+            self._chore(self._connection.close(1002))
+        except ConnectionClosed:
+            pass
+        finally:
+            self.dead = True
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_result(_gone())
+
+
+def _gone() -> GuardError:
+    return GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker went away", retry_after=1.0)
+
+
+def _decode(message: str | bytes) -> tuple[str, Verdict | GuardError]:
+    if isinstance(message, str):
+        raise WireError("a text message")
+    id, outcome = decode_answer(message)
+    if isinstance(outcome, GuardError):
+        after = outcome.retry_after
+        if after is not None and not (type(after) in (int, float) and 0.0 <= after < math.inf):
+            raise WireError("retry_after is not a duration")
+    return id, outcome

@@ -1,0 +1,203 @@
+"""Keeps one worker process alive: starts it, restarts it with exponential back-off, and ends it with this process.
+
+The child's stdin is a pipe that is never written: with ``--exit-with-parent`` the worker leaves when the pipe
+closes, which happens however this process dies. Its output is passed on line by line as events, and the last
+lines of stderr are kept, so that a worker that cannot start says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.guard.client import GuardClient
+
+logger = logging.getLogger(__name__)
+
+_TAIL_LINES = 30
+_LINE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvent:
+    """``log`` carries a ``line`` of the worker's output; ``exited`` its ``returncode`` and the ``delay`` (seconds)
+    before the next start, None if there is none."""
+
+    kind: Literal["started", "ready", "exited", "log"]
+    pid: int
+    line: str = ""
+    returncode: int | None = None
+    delay: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Seconds: the first delay, its bound, and how long a worker must have been ready for the delay to start over."""
+
+    first: float = 0.5
+    limit: float = 30.0
+    healthy: float = 60.0
+
+
+class WorkerProcess:
+    """One supervised worker. ``argv`` is the whole command; ``socket`` the address that it then serves."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        socket: str | Path,
+        *,
+        on_event: Callable[[WorkerEvent], None] | None = None,
+        backoff: Backoff | None = None,
+        grace: float = 5.0,
+    ) -> None:
+        self._argv, self._client = list(argv), GuardClient(socket)
+        self._on_event = on_event or (lambda event: None)
+        self._backoff, self._grace = backoff or Backoff(), grace
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._ready = asyncio.Event()
+        self._exited = asyncio.Event()
+        self._stopping = False
+        self.restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The living worker's process id."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Starts the worker and its supervision; raises ``OSError`` where the command cannot be run at all."""
+        await self._spawn()
+        self._task = asyncio.create_task(self._supervise(), name="guard-supervisor")
+
+    async def wait_ready(self, seconds: float) -> None:
+        """Returns once the worker can moderate.
+
+        Raises ``GuardError(unavailable)`` with the last lines of its stderr if it exits first, or is not ready in
+        ``seconds``. A worker that exited is still being restarted.
+        """
+        exited = asyncio.create_task(self._exited.wait())
+        ready = asyncio.create_task(self._ready.wait())
+        try:
+            done, _ = await asyncio.wait({exited, ready}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            exited.cancel()
+            ready.cancel()
+        if ready in done:
+            return
+        what = "exited before it was ready" if done else f"was not ready within {seconds:g} s"
+        last = "\n".join(f"  {line}" for line in self._tail) or "  (no output)"
+        raise GuardError(GuardErrorKind.UNAVAILABLE, f"the guard worker {what}; its last output:\n{last}")
+
+    async def stop(self) -> None:
+        """Ends the worker: SIGTERM, and SIGKILL after the grace. No restart follows."""
+        self._stopping = True
+        if self._process is not None:
+            await _end(self._process, self._grace)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
+            process_group=0,  # Ctrl-C is for this process, which then ends the worker
+        )
+        self._emit(WorkerEvent("started", self._process.pid))
+        return self._process
+
+    async def _supervise(self) -> None:
+        delay = self._backoff.first
+        while True:
+            process = self._process
+            assert process is not None
+            ready_for = await self._watch(process)
+            if ready_for >= self._backoff.healthy:
+                delay = self._backoff.first
+            ended = WorkerEvent("exited", process.pid, returncode=process.returncode)
+            if self._stopping:
+                self._emit(ended)
+                return
+            self._emit(replace(ended, delay=delay))
+            while True:
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, self._backoff.limit)
+                try:
+                    await self._spawn()
+                    break
+                except OSError:
+                    logger.exception("the guard worker cannot be started; next attempt in %.1f s", delay)
+            self.restarts += 1
+            self._exited.clear()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> float:
+        """Until the process ends; the seconds for which it was ready."""
+        assert process.stdout is not None
+        assert process.stderr is not None
+        loop = asyncio.get_running_loop()
+        output = [
+            asyncio.create_task(self._pass_on(process.pid, process.stdout, None)),
+            asyncio.create_task(self._pass_on(process.pid, process.stderr, self._tail)),
+        ]
+        poll = asyncio.create_task(self._poll_ready(process.pid))
+        try:
+            await process.wait()
+            await asyncio.wait(output, timeout=0.5)  # a grandchild may hold the pipes open
+            return loop.time() - poll.result() if poll.done() else 0.0
+        finally:
+            self._ready.clear()
+            self._exited.set()
+            for task in (*output, poll):
+                task.cancel()
+
+    async def _poll_ready(self, pid: int) -> float:
+        pause = 0.02
+        while not await self._client.ready():
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+        self._ready.set()
+        self._emit(WorkerEvent("ready", pid))
+        return asyncio.get_running_loop().time()
+
+    async def _pass_on(self, pid: int, stream: asyncio.StreamReader, tail: deque[str] | None) -> None:
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # a line beyond the limit; readline has dropped what it held of it
+                continue
+            if not line:
+                return
+            text = line.decode("utf-8", "replace").rstrip()
+            if tail is not None:
+                tail.append(text)
+            self._emit(WorkerEvent("log", pid, line=text))
+
+    def _emit(self, event: WorkerEvent) -> None:
+        try:
+            self._on_event(event)
+        except Exception:
+            logger.exception("the listener to worker events failed")
+
+
+async def _end(process: asyncio.subprocess.Process, grace: float) -> None:
+    if process.returncode is not None:
+        return
+    process.terminate()
+    try:
+        async with asyncio.timeout(grace):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

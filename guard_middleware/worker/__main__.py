@@ -1,0 +1,160 @@
+"""``python -m guard_middleware.worker``: one guard model behind one socket."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from guard_middleware.errors import ConfigError
+from guard_middleware.worker import serve
+from guard_middleware.worker.app import MAX_FRAME, Guard, Worker
+from guard_middleware.worker.batching import BatchLimits
+from guard_middleware.worker.engine import BatchEngine
+from guard_middleware.worker.metrics import Metrics
+from guard_middleware.worker.service import GuardService, Reader, ServiceLimits
+from guard_middleware.worker.weights import resolve
+
+_EPILOG = """\
+examples:
+  the bundled guard on a Unix socket, where a gateway on this host finds it
+      python -m guard_middleware.worker --socket /run/guard/guard.sock
+  a published guard from the hub's cache, on TCP
+      python -m guard_middleware.worker --model yueliu1999/GuardReasoner-VL-Eco-3B --port 9000
+
+It prints `worker ready model=... revision=... socket=...` on stdout when it can moderate. Ask it how it is:
+      curl --unix-socket /run/guard/guard.sock http://worker/ready      (also /health and /metrics)
+
+Exit status: 0 or the signal's when it was told to stop, 2 for wrong options, 3 when the guard cannot be
+loaded or its engine is stuck. Logs are JSON lines on stderr and hold no content of what is judged.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(
+        prog="python -m guard_middleware.worker",
+        description="Runs a guard model and answers a gateway's questions about conversations.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cli.add_argument(
+        "--model", default="nano", help="nano (bundled), a folder, or a hub id such as OWNER/NAME (default: nano)"
+    )
+    where = cli.add_argument_group("where it listens (--socket or --port)")
+    where.add_argument("--socket", type=Path, metavar="PATH", help="Unix socket, made with mode 0600")
+    where.add_argument("--port", type=int, help="TCP port instead; 0 takes a free one")
+    where.add_argument("--host", default="127.0.0.1", help="with --port; loopback only (default: 127.0.0.1)")
+    where.add_argument(
+        "--allow-remote", action="store_true", help="accept a --host that others can reach; there is no authentication"
+    )
+    load = cli.add_argument_group("how much it takes on")
+    load.add_argument("--threads", type=_positive, help="CPU threads of the model (default: torch's choice)")
+    load.add_argument("--max-batch", type=_positive, default=8, help="prompts per batch (default: 8)")
+    load.add_argument(
+        "--max-queue", type=_positive, default=64, help="prompts that wait; more are told to come back (default: 64)"
+    )
+    load.add_argument(
+        "--max-queue-tokens", type=_positive, default=262_144, help="their tokens, together (default: 262144)"
+    )
+    load.add_argument(
+        "--reader",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="read text drawn in images (default: as the model's guard.json says); needs the ocr extra",
+    )
+    run = cli.add_argument_group("how it runs")
+    run.add_argument(
+        "--stall-seconds",
+        type=_positive,
+        default=60,
+        help="give up when the engine is stuck for so long in work that nobody waits for (default: 60)",
+    )
+    run.add_argument(
+        "--exit-with-parent", action="store_true", help="stop when stdin closes; set by a gateway that starts it"
+    )
+    run.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    return cli
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError("must be positive")
+    return value
+
+
+async def load(options: argparse.Namespace, metrics: Metrics) -> GuardService:
+    """The model and its reader on a thread (which may fetch the weights first), then one real verdict."""
+    engine, reader = await asyncio.to_thread(_build, options)
+    limits = ServiceLimits(BatchLimits(options.max_batch, options.max_queue, options.max_queue_tokens))
+    service = GuardService(engine, metrics, reader=reader, read_by_default=reader is not None, limits=limits)
+    try:
+        await service.warm_up()
+    except BaseException:
+        await service.aclose()
+        raise
+    return service
+
+
+def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None]:
+    weights = resolve(options.model)
+    import torch
+
+    from guard_middleware.worker.engine_transformers import TransformersEngine
+
+    reader = None
+    if weights.facts.reader if options.reader is None else options.reader:
+        from guard_middleware.guard.reader import Reader as DrawnTextReader
+
+        reader = DrawnTextReader()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return TransformersEngine(weights, max_batch=options.max_batch), reader
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cli = parser()
+    options = cli.parse_args(argv)
+    if (options.socket is None) == (options.port is None):
+        cli.error("give either --socket PATH or --port N")
+    serve.log_to_stderr(options.log_level)
+    try:
+        if options.socket is not None:
+            listener = serve.unix_listener(options.socket)
+            where = str(options.socket)
+        else:
+            listener = serve.tcp_listener(options.host, options.port, anywhere=options.allow_remote)
+            where = "http://{}:{}".format(*listener.getsockname()[:2])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.exit_with_parent:
+        serve.exit_with_parent()
+
+    def ready(guard: Guard) -> None:
+        print(f"worker ready model={guard.model} revision={guard.revision} socket={where}", flush=True)
+
+    def failed(why: str) -> None:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        server.fail()
+
+    worker = Worker(
+        lambda metrics: load(options, metrics),
+        stall_seconds=options.stall_seconds,
+        on_ready=ready,
+        on_failed=failed,
+    )
+    server = serve.Server(worker.asgi, listener, max_frame=MAX_FRAME)
+    status = server.run()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # not sys.exit: it would wait for a thread that hangs in the engine
+
+
+if __name__ == "__main__":
+    sys.exit(main())

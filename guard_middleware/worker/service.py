@@ -1,0 +1,178 @@
+"""From a question to a verdict: read drawn text, plan the prompts, have them run, read the outputs, merge them.
+
+What blocks runs on threads: reading on two of its own (the reader takes one image at a time, and a cached image need
+not wait for it), planning (tokenising, image headers) on a small pool, the engine on the batcher's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.guard.prompt import render
+from guard_middleware.types import Blob, Conversation, Message, Text, Verdict
+from guard_middleware.wire import ModerationRequest
+from guard_middleware.worker.batching import Batcher, BatchLimits
+from guard_middleware.worker.engine import BatchEngine, Generation, GuardPrompt
+from guard_middleware.worker.metrics import Metrics
+from guard_middleware.worker.windows import Judgement, judge, merge, plan
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_SECONDS = 300.0
+
+
+class Reader(Protocol):
+    """``guard.reader.Reader``, or a test's."""
+
+    def read(self, image: bytes, timeout: float | None = None) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """``reader_seconds`` bounds one image, its wait for a turn included; ``reads`` is how many may wait."""
+
+    batching: BatchLimits = field(default_factory=BatchLimits)
+    reader_seconds: float = 5.0
+    reads: int = 64
+
+
+class GuardService:
+    """``app.Guard`` on a batch engine. ``read_by_default`` holds for questions that do not say; with no ``reader``
+    it must be false, and a question that asks for reading is ``GuardError(reader)``."""
+
+    def __init__(
+        self,
+        engine: BatchEngine,
+        metrics: Metrics,
+        *,
+        reader: Reader | None = None,
+        read_by_default: bool = False,
+        limits: ServiceLimits | None = None,
+    ) -> None:
+        if read_by_default and reader is None:
+            raise ValueError("reading by default needs a reader")
+        self._engine, self._reader, self._read_by_default = engine, reader, read_by_default
+        self._limits = limits or ServiceLimits()
+        self._batcher: Batcher[GuardPrompt, Generation] = Batcher(
+            engine.generate_batch, self._limits.batching, on_batch=metrics.batch
+        )
+        self._batcher.start()
+        self._reading = 0
+        self._read_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-reader")
+        self._plan_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-plan")
+
+    @property
+    def model(self) -> str:
+        return self._engine.facts.name
+
+    @property
+    def revision(self) -> str:
+        return self._engine.facts.revision
+
+    async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
+        """See ``app.Guard``."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        conversation = request.conversation
+        blobs = conversation.blobs()
+        drawn: tuple[str, ...] = ()
+        wanted = self._read_by_default if request.reader is None else request.reader
+        if blobs and wanted:
+            drawn = await self._read(blobs, deadline)
+        read = loop.time()
+        prompts = await loop.run_in_executor(self._plan_pool, self._plan, conversation, drawn)
+        planned = loop.time()
+        ran = await self._batcher.submit(prompts, deadline)
+        outcomes = [
+            one.result if isinstance(one.result, GuardError) else _judge(prompt, one.result)
+            for (prompt, _), one in zip(prompts, ran, strict=True)
+        ]
+        judgement = merge(outcomes, answered=conversation.answer is not None)
+        return Verdict(
+            request=judgement.request,
+            response=judgement.response,
+            request_score=judgement.request_score,
+            response_score=judgement.response_score,
+            reasoning=judgement.reasoning,
+            usage=judgement.usage,
+            model=self.model,
+            revision=self.revision,
+            drawn_text=drawn,
+            timings=(
+                ("reader", read - started),
+                ("plan", planned - read),
+                ("queue", max(one.queue_seconds for one in ran)),
+                ("generate", max(one.run_seconds for one in ran)),
+            ),
+        )
+
+    async def warm_up(self) -> None:
+        """One real verdict; raises ``GuardError`` unless the engine produced an output, readable or not."""
+        question = Conversation((Message("user", (Text("Hello, how are you?"),)),))
+        request = ModerationRequest("warm-up", question, "input", _WARM_UP_SECONDS)
+        try:
+            await self.moderate(request, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
+        except GuardError as error:
+            if error.kind not in (GuardErrorKind.UNPARSEABLE, GuardErrorKind.TRUNCATED):
+                raise
+            logger.warning("the warm-up gave no verdict: %s", error)
+
+    def gauges(self) -> Mapping[str, float]:
+        return {
+            "queue_depth": self._batcher.queued,
+            "queue_tokens": self._batcher.queued_tokens,
+            "running": self._batcher.running,
+            "reading": self._reading,
+        }
+
+    def stalled(self) -> float:
+        return self._batcher.stalled(asyncio.get_running_loop().time())
+
+    async def aclose(self) -> None:
+        await self._batcher.aclose()
+        for pool in (self._read_pool, self._plan_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self, blobs: Sequence[Blob], deadline: float) -> tuple[str, ...]:
+        """One text per image, in order; the same image is read once."""
+        if self._reader is None:
+            raise GuardError(GuardErrorKind.READER, "this worker runs without a reader of drawn text")
+        images = {blob.digest: blob.data for blob in blobs}
+        if self._reading and self._reading + len(images) > self._limits.reads:
+            raise GuardError(
+                GuardErrorKind.OVERLOADED, "too many images wait to be read", retry_after=0.5 * self._reading
+            )
+        loop = asyncio.get_running_loop()
+        reader, bound = self._reader, self._limits.reader_seconds
+
+        def read(image: bytes) -> str:
+            return reader.read(image, min(bound, max(0.0, deadline - loop.time())))
+
+        self._reading += len(images)
+        futures = [loop.run_in_executor(self._read_pool, read, image) for image in images.values()]
+        try:
+            texts = await asyncio.gather(*futures)
+        finally:
+            self._reading -= len(images)
+            for future in futures:
+                future.cancel()
+        found = dict(zip(images, texts, strict=True))
+        return tuple(found[blob.digest] for blob in blobs)
+
+    def _plan(self, conversation: Conversation, drawn: tuple[str, ...]) -> list[tuple[GuardPrompt, int]]:
+        images = [blob.data for blob in conversation.blobs()]
+        prompts = plan(render(conversation, drawn), images, self._engine)
+        return [(prompt, len(prompt.ids) + sum(map(self._engine.image_tokens, prompt.images))) for prompt in prompts]
+
+
+def _judge(prompt: GuardPrompt, generation: Generation) -> Judgement | GuardError:
+    try:
+        return judge(prompt, generation)
+    except GuardError as error:
+        return error
