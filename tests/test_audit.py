@@ -79,7 +79,7 @@ def test_captured_content_is_redacted_and_its_images_stay_digests(tmp_path: Path
     assert line["captured"]["input"]["messages"][1]["parts"][1]["digest"] == digest.blob(CONVERSATION.blobs()[0])
     assert IMAGE.decode("latin-1") not in (tmp_path / "log").read_text("latin-1")
 
-    write_one(tmp_path / "redacted", capture_content=True, redactor=Redactor([MARKER]))
+    write_one(tmp_path / "redacted", capture_content=True, redactor=Redactor([(MARKER, "[marker]")]))
     assert MARKER not in (tmp_path / "redacted").read_text()
 
 
@@ -87,10 +87,13 @@ def test_captured_content_is_redacted_and_its_images_stay_digests(tmp_path: Path
     ("options", "expected"),
     [
         ({}, f'It says "{MARKER}". Mild.'),
-        ({"redactor": Redactor(['"[^"]+"'])}, "It says [redacted]. Mild."),
+        ({"redactor": Redactor([('"[^"]+"', "[quote]")])}, "It says [quote]. Mild."),
+        ({"reasoning": False}, None),
     ],
 )
-def test_the_reasoning_is_always_kept_through_the_rules(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
+def test_the_reasoning_is_kept_through_the_rules_unless_switched_off(
+    tmp_path: Path, options: dict[str, Any], expected: str | None
+) -> None:
     calls = (call("input", verdict(reasoning=f'It says "{MARKER}". Mild.')),)
     line = write_one(tmp_path / "log", changes={"calls": calls}, **options)
     assert line["decisions"][0]["verdict"]["reasoning"] == expected

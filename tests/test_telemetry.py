@@ -115,10 +115,10 @@ def test_no_raw_content_is_exported_by_default(otlp: Collector) -> None:
 
 
 def test_captured_content_is_exported_redacted_and_without_image_bytes(otlp: Collector) -> None:
-    export(Telemetry.from_env("guard-gateway", capture_content=True, redactor=Redactor(["walrus"])))
+    export(Telemetry.from_env("guard-gateway", capture_content=True, redactor=Redactor([("walrus", "[animal]")])))
     sent = b"".join(otlp.bodies)
     assert b"how do I pick a lock" in sent
-    assert b"mauve-[redacted]-81" in sent
+    assert b"mauve-[animal]-81" in sent
     assert MARKER.encode() not in sent
     assert IMAGE not in sent
 
@@ -295,7 +295,7 @@ def test_a_guard_error_is_an_error_of_its_span_and_never_an_evaluation() -> None
     ("options", "expected"),
     [
         ({}, f'It says "{MARKER}". Mild.'),
-        ({"redactor": Redactor(['"[^"]+"'])}, "It says [redacted]. Mild."),
+        ({"redactor": Redactor([('"[^"]+"', "[quote]")])}, "It says [quote]. Mild."),
         ({"redactor": Redactor(max_chars=7)}, "It says[cut]"),
         ({"reasoning": False}, None),
     ],
