@@ -34,7 +34,7 @@ class Rule(Enum):
     IDENTIFIER = "an opaque printable string of bounded length without spaces, passed unread"
     OFF = "a switch that may only be off: its effect cannot be screened"
     REFUSED = "never accepted, unless null"
-    DROPPED = "removed before the value is sent on or released"
+    DROPPED = "removed, unless null, before the value is sent on or released"
 
 
 Table = Mapping[str, Rule]
@@ -43,7 +43,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _IDENTIFIER = re.compile(r"[!-~]{1,256}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
-_LEAVES = 512
+_LEAVES = 2048
 
 
 class FieldError(Exception):
@@ -79,10 +79,8 @@ class Admitted:
     extras: dict[str, str] = field(default_factory=dict)
 
 
-def join(path: str, name: str | int) -> str:
+def join(path: str, name: str) -> str:
     """The public path of a member; a name that is not a short token is content and is left out."""
-    if isinstance(name, int):
-        return f"{path}[{name}]"
     shown = name if _NAME.fullmatch(name) else "?"
     return f"{path}.{shown}" if path else shown
 
@@ -141,7 +139,7 @@ def admit(table: Table, value: JSONValue, path: str, options: Options) -> Admitt
         rule = table.get(name)
         if rule is None:
             _unknown(table, name, item, where, options, result)
-        elif item is None and rule not in (Rule.DROPPED, Rule.NESTED):
+        elif item is None and rule is not Rule.NESTED:
             result.kept[name] = None
         elif rule is Rule.TEXT:
             result.texts[name] = as_str(item, where)

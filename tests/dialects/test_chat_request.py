@@ -269,6 +269,7 @@ INVALID = [
     ask(service_tier="a b"),
     ask(tool_choice={"type": "function", "function": {"name": MARK}}),
     ask(tool_choice=MARK),
+    ask(tool_choice={"tools": [1] * 2049}),
     ask(logit_bias=[1]),
     ask(metadata={"k": 1}),
     ask(metadata={MARK: "x"}),

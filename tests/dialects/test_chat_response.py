@@ -110,6 +110,12 @@ def test_reasoning_under_two_names_is_read_once_and_first() -> None:
     assert parsed.answers[0].message == Message("assistant", (Reasoning("think"), Text("hello")))
 
 
+def test_null_fields_stay_null() -> None:
+    nothing = choice(refusal=None, annotations=None, tool_calls=None, function_call=None, audio=None)
+    body = answer({**nothing, "logprobs": None}, prompt_logprobs=None)
+    assert released(parse(body), ruling(Action.ALLOW)) == body
+
+
 def test_an_empty_choice_has_nothing_to_judge_and_needs_no_notice() -> None:
     parsed = parse(answer(choice(content="")))
     assert parsed.answers[0].message.parts == ()
@@ -151,6 +157,8 @@ MALFORMED = [
     answer(choice(tool_calls=[{"type": "function", "function": {"name": "f", "arguments": "x"}}])),
     answer(choice(tool_calls=[{**CALL, "function": {"name": "f", "arguments": None}}])),
     answer(choice(tool_calls=[{**CALL, "id": MARK}])),
+    answer(choice(tool_calls=[CALL] * 129)),
+    answer(created=MARK),
     answer(id=MARK),
     answer(model=MARK),
     answer(system_fingerprint=MARK),

@@ -239,6 +239,13 @@ def test_a_softly_blocked_prompt_is_an_ordinary_answer(how: str) -> None:
         assert "blocked" in done.choices[0].message.content
 
 
+def test_a_softly_blocked_stream_ends_with_its_usage_where_that_was_asked_for() -> None:
+    gateway = Gateway(lambda request: CHAT_COMPLETIONS.soft_block(request, notice("input", Action.BLOCK), 1))
+    chunks = list(gateway.client().chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
+    assert [len(chunk.choices) for chunk in chunks] == [1, 0]
+    assert chunks[-1].usage is not None
+
+
 @pytest.mark.parametrize("how", ["create", "stream helper"])
 def test_an_annotation_is_typed_and_the_answer_untouched(how: str) -> None:
     done = CALLS[how](answering(ruling(Action.ANNOTATE), "hello").client())

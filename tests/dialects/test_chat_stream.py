@@ -112,6 +112,16 @@ def test_parallel_calls_and_interleaved_choices_keep_apart() -> None:
     ]
 
 
+def test_an_empty_id_of_a_later_piece_does_not_replace_the_first() -> None:
+    first = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "x"}}
+    parsed = read(
+        chunk(say(tool_calls=[first])),
+        chunk(say(tool_calls=[{"index": 0, "id": "", "function": {"name": None, "arguments": "y"}}])),
+        chunk(say(finish="tool_calls")),
+    )
+    assert parsed.answers[0].message.parts == (ToolCall("a", "f", "xy"),)
+
+
 def test_custom_calls_legacy_calls_and_citations_are_read() -> None:
     citation = {"type": "url_citation", "url_citation": {"title": MARK, "url": "https://x.example"}}
     parsed = read(
