@@ -19,7 +19,7 @@ from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerProcess
 from guard_middleware.limits import Limits
 from guard_middleware.media import canonicalise
-from guard_middleware.types import Conversation, Message, Part, Text, Verdict
+from guard_middleware.types import Conversation, Message, Part, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
 
 #: rows in flight: enough to fill the worker's batches
@@ -82,7 +82,7 @@ async def judge(client: GuardClient, row: dict[str, Any], *, base: Path, deadlin
         return GuardError(GuardErrorKind.MEDIA, getattr(error, "message", None) or type(error).__name__)
     answer = None if row.get("response") is None else Message("assistant", (Text(row["response"]),))
     conversation = Conversation((Message("user", tuple(parts)),), answer=answer)
-    source = "input" if answer is None else "output"
+    source: Source = "input" if answer is None else "output"
     return await client.moderate(ModerationRequest(row["id"], conversation, source, deadline))
 
 

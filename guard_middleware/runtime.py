@@ -63,7 +63,13 @@ class Runtime:
             redactor=redactor,
             digest=digest,
         )
-        self.audit = AuditLog(audit.path, digest=digest, redactor=redactor, capture_content=audit.capture_content)
+        self.audit = AuditLog(
+            audit.path,
+            digest=digest,
+            redactor=redactor,
+            reasoning=audit.include_reasoning,
+            capture_content=audit.capture_content,
+        )
         header = config.tenants.header
         self._tenant_header = header.encode("latin-1") if header else b""
         self._fetcher = (
@@ -101,7 +107,7 @@ class Runtime:
         if self.worker is not None:
             await self.worker.stop()
         if self._fetcher is not None:
-            await self._fetcher.aclose()
+            self._fetcher.close()
         await self.telemetry.aclose()
         await self.audit.aclose()
         if self._directory is not None:
