@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image, PngImagePlugin
+
 from guard_middleware import config
 from guard_middleware.errors import GuardError
 from guard_middleware.middleware import GuardMiddleware
 from guard_middleware.runtime import Runtime
 from guard_middleware.scripted import ScriptedUpstream
-from PIL import Image, PngImagePlugin
-
 from tests.support.guards import BrokenGuard, RuleGuard
 
 CHAT = "/v1/chat/completions"

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from guard_middleware.config import Config, OutputPolicy, Policy, SourcePolicy
 from guard_middleware.dialects import CHAT_COMPLETIONS
 from guard_middleware.dialects.base import Options
