@@ -80,6 +80,11 @@ def jpeg_with(marker: int, body: bytes) -> bytes:
     return data[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + data[2:]
 
 
+def riff(*chunks: bytes) -> bytes:
+    body = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def exif(orientation: int | None) -> Image.Exif:
     tags = Image.Exif()
     tags[0x010F] = "maker"
@@ -475,6 +480,13 @@ def test_a_broken_tail_is_refused() -> None:
     [
         png_with(chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 24, 8, 2, 0, 0, 0))),
         png_with(chunk(b"CgBI", b"\0\0\0\0")),
+        PLAIN["png rgb"][:8] + chunk(b"tIME", b"\0" * 7) + PLAIN["png rgb"][8:],
+        PLAIN["png rgb"][:33] + PLAIN["png rgb"][-12:],
+        PLAIN["jpeg"].replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),
+        PLAIN["jpeg"][:2] + b"\xff\xd9",
+        riff(*[b"prVt\0\0\0\0"] * 10_001),
+        riff(b"prVt\0\0\0\0"),
+        riff(PLAIN["webp lossy"][12:], PLAIN["webp lossy"][12:]),
         png_with(chunk(b"IDAT", b""), chunk(b"pHYs", b"\0" * 9)),
         png_with(chunk(b"prVt", b"") * 10_000),
         jpeg_with(0xC0, struct.pack(">BHHB", 8, 24, 40, 0)),
@@ -507,6 +519,11 @@ def test_compressed_chunks_are_dropped_without_being_inflated(kind: bytes) -> No
     blob = canonicalise(data, LIMITS)
     assert time.perf_counter() - start < 0.5
     assert pixels(blob.data).tobytes() == picture().tobytes()
+
+
+def test_a_file_that_pillow_sees_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_args, **_options: picture(size=(40, 25)))
+    assert rejected(PLAIN["png rgb"]).kind is RejectKind.INVALID_IMAGE
 
 
 def test_client_words_are_fixed_and_hold_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
