@@ -100,8 +100,10 @@ class WorkerProcess:
     async def stop(self) -> None:
         """Ends the worker: SIGTERM, and SIGKILL after the grace. No restart follows."""
         self._stopping = True
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             await _end(self._process, self._grace)
+            if self._task is not None:
+                await asyncio.wait({self._task}, timeout=1.0)  # it passes on the last output
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -192,8 +194,6 @@ class WorkerProcess:
 
 
 async def _end(process: asyncio.subprocess.Process, grace: float) -> None:
-    if process.returncode is not None:
-        return
     process.terminate()
     try:
         async with asyncio.timeout(grace):

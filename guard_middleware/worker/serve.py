@@ -126,7 +126,15 @@ class Server:
     def fail(self) -> None:
         """Ends the run with exit status 3."""
         self._failed = True
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the run as SIGTERM would, without the signal."""
         self._uvicorn.should_exit = True
+
+    async def serve(self) -> None:
+        """One run inside a loop that is already there."""
+        await self._uvicorn.serve(sockets=[self._listener])
 
     def run(self) -> int:
         """The exit status. SIGTERM ends the process here, by that signal. The socket file is removed at the end."""
