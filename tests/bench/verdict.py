@@ -21,12 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from guard_middleware import check
-from guard_middleware.types import Blob, Conversation, Message, Part, Text, Verdict
-from guard_middleware.wire import ModerationRequest
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
+
+from guard_middleware import check
+from guard_middleware.types import Blob, Conversation, Message, Part, Text, Verdict
+from guard_middleware.wire import ModerationRequest
 
 WORDS = (
     "please explain to a curious reader how a small bakery plans its week, which flour it orders, how the dough rests "

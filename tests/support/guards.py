@@ -7,7 +7,6 @@ import asyncio
 from guard_middleware.errors import GuardError
 from guard_middleware.types import Verdict
 from guard_middleware.wire import ModerationRequest
-
 from tests.support.scripted_worker import ScriptedGuard
 
 
