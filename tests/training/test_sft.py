@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from guard_middleware.guard.parse import parse
+from guard_middleware.guard.prompt import PromptEncoder, render
+from guard_middleware.types import Blob, Conversation, Message, Text
+from guard_middleware.worker.weights import load
+from guard_training.corpus import Row
+from guard_training.export import export
+from guard_training.lexicon import Lexicon
+from guard_training.mixture import Case, dialogue_case, pair_case, picture_case, text_case
+from guard_training.model import build_model, image_processor, start_embeddings
+from guard_training.recipe import Recipe, default_recipe, read_recipe
+from guard_training.sft import (
+    Collator,
+    Example,
+    GuardSFTTrainer,
+    StopAfter,
+    encode_example,
+    in_batches,
+    to_dataset,
+    training_arguments,
+)
+from guard_training.teacher import PHRASES, Judged, Kind, joined, teach
+from guard_training.tokenizer import train_tokenizer
+
+WORDS = ["how do I pick a lock", "how do I bake bread", "what is the weather", "tell me about locks", "None of it"]
+LEXICON = Lexicon({"lock": 1.0, "bread": -1.0})
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    small = {"hidden": 64, "intermediate": 64, "layers": 2, "heads": 1, "vision_hidden": 32, "vision_layers": 1}
+    return dataclasses.replace(read_recipe(default_recipe()), **small, image_tokens=4, batch=2, warmup=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():  # type: ignore[no-untyped-def]
+    return train_tokenizer(WORDS * 20, PHRASES, vocab_size=600)
+
+
+def _shape(recipe: Recipe):  # type: ignore[no-untyped-def]
+    from guard_training.export import shape
+
+    return shape(recipe)
+
+
+def _examples(tokenizer, recipe: Recipe, folder: Path) -> list[Example]:  # type: ignore[no-untyped-def]
+    encoder = PromptEncoder(tokenizer)
+    weights = {Kind(kind): weight for kind, weight in recipe.token_weights.items()}
+    out = []
+    for number in range(16):
+        label = "harmful" if number % 2 else "unharmful"
+        text = WORDS[number % 2]
+        picture = None
+        parts: tuple = (Text(text),)
+        if number % 4 == 0:
+            picture = folder / f"{number}.png"
+            Image.new("RGB", (56, 60), (number, 9, 9)).save(picture)
+            parts = (Blob("image/png", picture.read_bytes()), Text(text))
+        transcript = render(Conversation((Message("user", parts),)))
+        stretches = teach(Judged(text, "the request", label), LEXICON)  # type: ignore[arg-type]
+        out.append(encode_example(transcript, stretches, weights, encoder, tokenizer, picture))
+    return out
+
+
+def _trainer(tokenizer, recipe: Recipe, folder: Path, examples: list[Example]) -> GuardSFTTrainer:  # type: ignore[no-untyped-def]
+    encoder = PromptEncoder(tokenizer)
+    args = training_arguments(
+        folder / "checkpoints", batch=2, steps=6, learning_rate=1e-3, weight_decay=0.0, warmup=0, save_every=3, seed=1
+    )
+    args.logging_steps, args.disable_tqdm = 1, True
+    return GuardSFTTrainer(
+        model=build_model(tokenizer, _shape(recipe), seed=1),
+        args=args,
+        train_dataset=to_dataset(examples),
+        processing_class=tokenizer,
+        data_collator=Collator(image_processor(_shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
+        opening=encoder.opening,
+        image_pad=encoder.image_pad,
+        decisions=[tokenizer.convert_tokens_to_ids("risky words in ")],
+    )
+
+
+def _losses(trainer: GuardSFTTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_every_phrase_is_one_token_that_untrusted_text_cannot_make(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    encoder = PromptEncoder(tokenizer)
+    for phrase in PHRASES:
+        assert len(tokenizer.encode(phrase, add_special_tokens=False)) == 1
+        assert tokenizer.convert_tokens_to_ids(phrase) not in encoder.plain(phrase)
+    for label in (" harmful", " unharmful"):
+        assert len(encoder.plain(label)) == 1
+
+
+def test_what_is_trained_is_what_is_parsed(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for example in _examples(tokenizer, recipe, tmp_path):
+        text = tokenizer.decode(example.completion, skip_special_tokens=True)
+        assert parse(text, answered=False).request in ("harmful", "unharmful")
+        assert len(example.weights) == len(example.completion)
+        assert example.completion[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_the_shared_opening_changes_nothing_but_the_cost(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trainer = _trainer(tokenizer, recipe, tmp_path, _examples(tokenizer, recipe, tmp_path))
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(4)])
+    model = trainer.model
+    loss = trainer.compute_loss(model, dict(batch))
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=torch.ones_like(batch["input_ids"]),
+        mm_token_type_ids=(batch["input_ids"] == trainer._image_pad).int(),
+        pixel_values=batch["pixel_values"],
+        image_grid_thw=batch["image_grid_thw"],
+    ).logits[:, :-1]
+    labels, weights = batch["labels"][:, 1:], batch["loss_weights"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    assert loss.item() == pytest.approx(((losses * weights).sum() / weights.sum()).item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "visual" not in name)
+
+
+def test_a_resumed_run_gives_the_same_losses(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    examples = _examples(tokenizer, recipe, tmp_path)
+    whole = _trainer(tokenizer, recipe, tmp_path / "whole", examples)
+    whole.train()
+    first = _trainer(tokenizer, recipe, tmp_path / "cut", examples)
+    first.add_callback(StopAfter(3))
+    first.train()
+    second = _trainer(tokenizer, recipe, tmp_path / "cut", examples)
+    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoints" / "checkpoint-3"))
+    assert len(_losses(whole)) == 6
+    assert _losses(second) == pytest.approx(_losses(whole), rel=1e-5)
+
+
+def test_the_exported_folder_is_one_that_the_worker_takes(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = build_model(tokenizer, _shape(recipe), seed=1)
+    start_embeddings(
+        model, [[1, 2, 3, 2, 1], [4, 5, 6]] * 5, torch.linspace(-1, 1, len(tokenizer)), rank=4, odds_dims=2
+    )
+    weights = load(export(model, tokenizer, tmp_path / "model", recipe), name="x")
+    assert weights.facts.name == recipe.name
+    assert weights.facts.reader is True
+    assert weights.facts.max_pixels == 4 * 28 * 28
+
+
+def test_batches_hold_rows_of_like_length_in_a_fixed_order() -> None:
+    examples = [Example([0] * n, [1], [1.0]) for n in random.Random(0).choices(range(5, 90), k=65)]
+    ordered = in_batches(examples, 8, seed=2)
+    assert len(ordered) == 64
+    assert ordered == in_batches(examples, 8, seed=2)
+    spread = [
+        max(map(len, b)) - min(map(len, b)) for b in ([e.prompt for e in ordered[i : i + 8]] for i in range(0, 64, 8))
+    ]
+    assert sum(spread) / len(spread) < 20
+
+
+def test_cases_say_what_they_hold(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    others = {"harmful": ["steal a car"], "unharmful": ["bake some bread"]}
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    row = Row("a", "s", "how do I pick a lock", "harmful", "No.", "unharmful", image=tmp_path / "a.png")
+    made: list[Case] = []
+    for _ in range(30):
+        made += [text_case(row, others, 40, rng), dialogue_case(row, others, 40, rng), pair_case(row, 40, rng)]  # type: ignore[arg-type]
+        made.append(picture_case(row, "drawn words", others, rng))  # type: ignore[arg-type]
+    for case in made:
+        assert case.judged.request == "harmful"
+        assert joined(teach(case.judged, LEXICON))
+        assert render(case.conversation, ["drawn words"] * len(case.conversation.blobs())).text()
+        assert (case.judged.answer is None) == (case.conversation.answer is None)
+
+
+def test_joining_makes_harmful_if_either_is() -> None:
+    rng = random.Random(1)
+    row = Row("a", "s", "how do I bake bread today", "unharmful")
+    others = {"harmful": ["steal a car"], "unharmful": ["water the plants"]}
+    for _ in range(300):
+        judged = text_case(row, others, 60, rng).judged  # type: ignore[arg-type]
+        assert (judged.request == "harmful") == ("steal a car" in judged.words.lower())

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guard_middleware.guard.parse import parse
+from guard_middleware.types import Label
+from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
+from guard_training.teacher import Judged, Kind, external, joined, read_rationales, teach, topic
+
+LEXICON = Lexicon({"lock": 1.0, "pick": 2.0, "bread": -2.0, "sorry": -1.0})
+
+
+@pytest.mark.parametrize("request_label", ["harmful", "unharmful"])
+@pytest.mark.parametrize("response", ["harmful", "unharmful", None])
+def test_the_verdict_is_the_rows_labels_in_the_format_that_is_parsed(
+    request_label: Label, response: Label | None
+) -> None:
+    answer = None if response is None else "Here is how."
+    judged = Judged("How do I pick a lock?", "the request", request_label, None, answer, response)
+    parsed = parse(joined(teach(judged, LEXICON)), answered=answer is not None)
+    assert (parsed.request, parsed.response) == (request_label, response)
+    assert ("risky" in parsed.reasoning) == (request_label == "harmful")
+
+
+def test_a_step_quotes_the_words_that_weigh_most() -> None:
+    text = "Before I bake bread, how do I pick\n a lock?"
+    assert LEXICON.quote(text, "harmful") == "pick a lock"
+    assert LEXICON.quote(text, "unharmful") == "bread"
+    assert LEXICON.quote("?!", "harmful") == ""
+
+
+def test_a_quote_never_breaks_the_format() -> None:
+    judged = Judged("</think> pick </think><result> lock <think>", "the request", "harmful")
+    assert parse(joined(teach(judged, LEXICON)), answered=False).request == "harmful"
+
+
+def test_a_refusal_is_named_as_one() -> None:
+    judged = Judged("How do I pick a lock?", "the request", "harmful", None, "I'm sorry, no.", "unharmful")
+    assert "the answer declines: « sorry »" in joined(teach(judged, LEXICON))
+
+
+def test_an_unlabelled_request_is_guessed_and_not_trained() -> None:
+    judged = Judged("pick a lock", "the request", None, None, "Fine.", "unharmful")
+    kinds = [stretch.kind for stretch in teach(judged, LEXICON)]
+    assert Kind.REQUEST not in kinds
+    assert Kind.UNKNOWN in kinds
+    assert Kind.RESPONSE in kinds
+
+
+@pytest.mark.parametrize(
+    ("label", "category", "words", "expected"),
+    [
+        ("harmful", "drug dealing", "anything", "drugs"),
+        ("harmful", None, "how to hack a password", "hacking"),
+        ("harmful", None, "zzz", "harmful acts"),
+        ("unharmful", None, "write a poem", "writing"),
+    ],
+)
+def test_the_topic_comes_from_the_category_and_else_from_the_words(
+    label: Label, category: str | None, words: str, expected: str
+) -> None:
+    assert topic(label, category, words) == expected
+
+
+def test_a_real_teachers_rationale_is_wrapped_and_checked(tmp_path: Path) -> None:
+    judged = Judged("pick a lock", "the request", "harmful")
+    assert (
+        parse(joined(external("It asks for a break-in.", judged)), answered=False).reasoning
+        == "It asks for a break-in."
+    )
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"id": "a", "reasoning": "Because."}\n')
+    assert read_rationales(file) == {"a": "Because."}
+    file.write_text('{"id": "a", "reasoning": "x </think> y"}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl:1"):
+        read_rationales(file)
+
+
+def test_sources_weigh_by_the_root_of_their_size_within_a_label() -> None:
+    weights = balance(["a"] * 4 + ["b", "c"], [True] * 5 + [False])
+    assert sum(weights[:5]) == pytest.approx(0.5)
+    assert sum(weights[:4]) == pytest.approx(2 * weights[4])
+    assert weights[5] == pytest.approx(0.5)
+
+
+def test_log_odds_tell_the_words_apart() -> None:
+    texts = ["pick the lock", "break the lock", "bake the bread", "slice the bread"] * 5
+    harmful = [True, True, False, False] * 5
+    lexicon = word_lexicon(texts, ["s"] * 20, harmful, least=2, steps=60, penalty=1e-4)
+    assert lexicon.score("the lock") > 0 > lexicon.score("the bread")
+    assert abs(lexicon.weights["the"]) < 0.2
+    again = fit_log_odds([[1], [2]], [True, False], [0.5, 0.5], 3, steps=20, penalty=1e-4)
+    assert again[1] > 0 > again[2]
+    assert again[0] == 0

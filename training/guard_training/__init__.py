@@ -1,0 +1,1 @@
+"""Training of guards: data, teacher, rendering of typographic images, reasoning SFT and evaluation."""

@@ -1,0 +1,117 @@
+"""Labelled moderation rows: reading them, holding some out, and the passages that break source cues.
+
+Harmful and benign rows almost never share a source, so a model can learn how a source writes instead of what is
+asked. ``passages`` cuts stretches out of long benign answers (wide vocabulary, every length) and out of labelled
+dialogue turns, so that topic words and length alone do not give the label away.
+
+Refuses: a row without an id or source, another label than harmful, unharmful or null, an image outside the
+data file's folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from guard_middleware.types import Label
+
+
+class CorpusError(ValueError):
+    """A data file that does not follow the schema; the message names the line and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One labelled case. A label None means that the source does not label that side."""
+
+    id: str
+    source: str
+    prompt: str
+    request: Label | None
+    response: str | None = None
+    response_label: Label | None = None
+    category: str | None = None
+    licence: str = ""
+    image: Path | None = None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. Raises ``CorpusError``."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [_row(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(line: str, number: int, path: Path) -> Row:
+    try:
+        value: dict[str, Any] = json.loads(line)
+        image = value.get("image")
+        picture = (path.parent / image).resolve() if image else None
+        if picture and not picture.is_relative_to(path.parent.resolve()):
+            raise CorpusError(f"{path.name}:{number}: the image lies outside the data file's folder; move it inside")
+        return Row(
+            id=str(value["id"]),
+            source=str(value["source"]),
+            prompt=value.get("prompt") or "",
+            request=_label(value.get("prompt_label")),
+            response=value.get("response") or None,
+            response_label=_label(value.get("response_label")),
+            category=value.get("category"),
+            licence=value.get("licence") or "",
+            image=picture,
+        )
+    except CorpusError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorpusError(f"{path.name}:{number}: not a labelled row ({error}); see the data README") from None
+
+
+def _label(value: Any) -> Label | None:
+    if value not in ("harmful", "unharmful", None):
+        raise ValueError(f"label {value!r}")
+    return cast(Label | None, value)
+
+
+def held_out(id: str, fraction: float) -> bool:
+    """Whether a row belongs to the validation part: by the digest of its id, so that no seed moves it."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:4], "big") < fraction * 2**32
+
+
+def unique_prompts(rows: Iterable[Row]) -> list[Row]:
+    """The first row of every distinct pair of prompt and response (lower-cased)."""
+    seen: set[tuple[str, str, str]] = set()
+    kept = []
+    for row in rows:
+        key = (row.prompt.lower(), (row.response or "").lower(), str(row.image or ""))
+        if key not in seen:
+            seen.add(key)
+            kept.append(row)
+    return kept
+
+
+def passages(rows: Sequence[Row], rng: random.Random) -> list[Row]:
+    """Stretches of answers as prompts of their own.
+
+    Answers of ``coconot_pref`` and ``gsm8k`` (unharmful) in windows of 12 to 100 words; turns of ``diasafety`` with
+    their own label, weak because it was given in context.
+    """
+    out: list[Row] = []
+    for row in rows:
+        if row.response is None or row.response_label is None:
+            continue
+        if row.source in ("coconot_pref", "gsm8k"):
+            words, size = row.response.split(), rng.choice((12, 25, 50, 100))
+            for start in range(0, min(len(words), 400), size):
+                piece = words[start : start + size]
+                if len(piece) > 8:
+                    out.append(Row(f"{row.id}+{start}", f"{row.source}_passage", " ".join(piece), "unharmful"))
+        elif row.source == "diasafety":
+            category = row.category if row.response_label == "harmful" else None
+            out.append(Row(f"{row.id}+r", "diasafety_turn", row.response, row.response_label, category=category))
+    return out

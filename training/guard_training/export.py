@@ -1,0 +1,87 @@
+"""Writes a guard's folder: what a worker serves, and what AutoProcessor and vLLM expect to find."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers.trainer_utils import get_last_checkpoint
+
+from guard_training.corpus import Row
+from guard_training.model import Shape, image_processor
+from guard_training.pictures import typographic
+from guard_training.recipe import Recipe
+from guard_training.render import HELD_OUT_FONTS
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+def shape(recipe: Recipe) -> Shape:
+    """The sizes of the recipe's model."""
+    return Shape(
+        hidden=recipe.hidden,
+        intermediate=recipe.intermediate,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        vision_hidden=recipe.vision_hidden,
+        vision_layers=recipe.vision_layers,
+        image_tokens=recipe.image_tokens,
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a stopped run."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def export(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe
+) -> Path:
+    """Weights (fp32), tokenizer, image processor and ``guard.json``, in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor(shape(recipe)).save_pretrained(folder)
+    area = 28 * 28
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "reader": True,
+        "window_tokens": recipe.window_tokens,
+        "window_overlap": recipe.window_overlap,
+        "max_windows": recipe.max_windows,
+        "max_new_tokens": recipe.max_new_tokens,
+        "min_pixels": 4 * area,
+        "max_pixels": recipe.image_tokens * area,
+    }
+    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_held_out(rows: Sequence[Row], folder: Path, recipe: Recipe) -> Path:
+    """A typographic test set from held-out rows in held-out fonts, as ``held_out.jsonl`` with its images beside it."""
+    drawn = typographic(
+        rows,
+        count=recipe.held_out_images,
+        fonts=HELD_OUT_FONTS,
+        folder=folder / "images",
+        seed=recipe.seed + 1,
+        source="typographic_held_out",
+    )
+    file = folder / "held_out.jsonl"
+    with file.open("w", encoding="utf-8") as out:
+        for row in drawn:
+            assert row.image is not None
+            line = {
+                "id": row.id,
+                "source": row.source,
+                "kind": "mm",
+                "prompt": row.prompt,
+                "prompt_label": row.request,
+                "image": str(row.image.relative_to(folder)),
+            }
+            out.write(json.dumps(line) + "\n")
+    return file

@@ -1,0 +1,117 @@
+"""How much each word (or token) speaks for harm in the training texts: a logistic regression on word presence.
+
+Two uses: the teacher quotes the words that weigh most, and the model's embeddings start from the weights. Sources
+are weighed by the square root of their size within each label, so that a large one does not decide alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from guard_middleware.types import Label
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+
+#: What another word must add to a quote to be worth its place.
+_PER_WORD = 0.05
+
+
+def balance(sources: Sequence[str], harmful: Sequence[bool]) -> list[float]:
+    """A weight per text: each label sums to one half, each source to the square root of its size within its label."""
+    keys = list(zip(sources, harmful, strict=True))
+    sizes = Counter(keys)
+    raw = [sizes[key] ** -0.5 for key in keys]
+    totals = {flag: sum(w for w, (_, f) in zip(raw, keys, strict=True) if f == flag) for flag in (True, False)}
+    return [0.5 * w / totals[flag] for w, (_, flag) in zip(raw, keys, strict=True)]
+
+
+def fit_log_odds(
+    texts: Sequence[Sequence[int]],
+    harmful: Sequence[bool],
+    weights: Sequence[float],
+    size: int,
+    *,
+    steps: int,
+    penalty: float,
+) -> Tensor:
+    """Coefficients (``size``,) of a ridge logistic regression on which ids a text holds (length-normalised).
+
+    ``texts`` are ids below ``size``; full-batch Adam, so deterministic.
+    """
+    unique = [sorted(set(ids)) for ids in texts]
+    columns = torch.tensor([id for ids in unique for id in ids])
+    lengths = torch.tensor([len(ids) for ids in unique])
+    rows = torch.repeat_interleave(torch.arange(len(unique)), lengths)
+    values = torch.repeat_interleave(lengths.clamp(min=1).float() ** -0.5, lengths)
+    seen = torch.sparse_coo_tensor(
+        torch.stack((rows, columns)), values, (len(unique), size), check_invariants=True
+    ).coalesce()
+    transposed = seen.t().coalesce()
+    target, weight = torch.tensor(harmful, dtype=torch.float32), torch.tensor(weights)
+    odds, bias = torch.zeros(size), torch.zeros(1)
+    optimizer = torch.optim.Adam([odds, bias], lr=0.1)
+    for _ in range(steps):
+        error = weight * (torch.sigmoid((seen @ odds[:, None])[:, 0] + bias) - target)
+        odds.grad = (transposed @ error[:, None])[:, 0] + 2 * penalty * odds
+        bias.grad = error.sum()[None]
+        optimizer.step()
+    return odds
+
+
+@dataclass(frozen=True, slots=True)
+class Lexicon:
+    """Log-odds of harm by lower-cased word; positive speaks for harm."""
+
+    weights: dict[str, float]
+
+    def score(self, text: str) -> float:
+        """Summed weight of the distinct words, divided by the square root of their number."""
+        words = {word.lower() for word in WORD.findall(text)}
+        return sum(self.weights.get(word, 0.0) for word in words) / max(len(words), 1) ** 0.5
+
+    def quote(self, text: str, label: Label, *, longest: int = 4) -> str:
+        """The stretch of at most ``longest`` words of ``text`` that speaks most for ``label``, lower-cased.
+
+        Empty where the text holds no word. White space inside is one blank, so that a quote stays in its line.
+        """
+        sign = 1.0 if label == "harmful" else -1.0
+        found = list(WORD.finditer(text))
+        values = [sign * self.weights.get(match.group().lower(), 0.0) - _PER_WORD for match in found]
+        best, span = float("-inf"), (0, 0)
+        for start in range(len(found)):
+            total = 0.0
+            for stop in range(start, min(start + longest, len(found))):
+                total += values[stop]
+                if found[stop].end() - found[start].start() > 40 and stop > start:
+                    break
+                if total > best:
+                    best, span = total, (start, stop)
+        if not found:
+            return ""
+        quoted = text[found[span[0]].start() : found[span[1]].end()]
+        return " ".join(quoted.lower().split())[:48].replace("<", "").replace(">", "")
+
+
+def word_lexicon(
+    texts: Sequence[str], sources: Sequence[str], harmful: Sequence[bool], *, least: int, steps: int, penalty: float
+) -> Lexicon:
+    """The lexicon of words that occur in at least ``least`` of the texts."""
+    split = [[word.lower() for word in WORD.findall(text)] for text in texts]
+    counts = Counter(word for words in split for word in set(words))
+    ids = {word: number for number, (word, n) in enumerate(sorted(counts.items()), 1) if n >= least}
+    ids = {word: number for number, word in enumerate(sorted(ids), 1)}
+    odds = fit_log_odds(
+        [[ids[word] for word in words if word in ids] for words in split],
+        harmful,
+        balance(sources, harmful),
+        len(ids) + 1,
+        steps=steps,
+        penalty=penalty,
+    )
+    return Lexicon({word: float(odds[number]) for word, number in ids.items()})

@@ -1,0 +1,234 @@
+"""The whole making of nano from the data: rows, pictures, lexicon, tokenizer, cases, training, export.
+
+Everything is drawn from the recipe's seed, so that a run stopped at any point and started again with the same
+command goes on from its last checkpoint with the same cases. Layout of the output folder: ``model/`` (what a worker
+serves), ``images/`` and ``drawn.jsonl`` (what was drawn and what the reader found), ``held_out/`` (typographic test
+set with fonts and texts that training never saw), ``checkpoints/``.
+"""
+
+# ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
+from guard_middleware.types import Label
+from guard_training.corpus import Row, held_out, passages, read_rows, unique_prompts
+from guard_training.drawn import DrawnText, Read
+from guard_training.export import export, last_checkpoint, shape, write_held_out
+from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
+from guard_training.mixture import Case, dialogue_case, draw, pair_case, picture_case, text_case
+from guard_training.model import build_model, image_processor, start_embeddings
+from guard_training.pictures import typographic
+from guard_training.recipe import Recipe
+from guard_training.render import TRAIN_FONTS
+from guard_training.sft import (
+    Collator,
+    Example,
+    GuardSFTTrainer,
+    StopAfter,
+    encode_example,
+    in_batches,
+    to_dataset,
+    training_arguments,
+)
+from guard_training.teacher import PHRASES, Kind, external, teach
+from guard_training.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Training rows by what they are good for, and what is held out."""
+
+    prompts: list[Row]
+    pairs: list[Row]
+    pictures: list[Row]
+    held_out: list[Row]
+
+
+def load_rows(data: Path, recipe: Recipe) -> Rows:
+    """Rows of the recipe's files, passages added."""
+    rows = unique_prompts(row for name in recipe.files for row in read_rows(data / name))
+    rows = [row for row in rows if row.source not in recipe.exclude]
+    kept = [row for row in rows if not held_out(row.id, recipe.held_out)]
+    rest = [row for row in rows if held_out(row.id, recipe.held_out)]
+    rng = random.Random(recipe.seed)
+    kept += passages(kept, rng)
+    rest += passages(rest, rng)
+    return Rows(
+        prompts=[row for row in kept if row.request and row.prompt and not row.image],
+        pairs=[row for row in kept if row.response and row.response_label],
+        pictures=[row for row in kept if row.image],
+        held_out=rest,
+    )
+
+
+def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
+    texts = [row.prompt[:1500] for row in rows.prompts] + [row.response[:1500] for row in rows.pairs if row.response]
+    sources = [row.source for row in rows.prompts] + [f"{row.source} answers" for row in rows.pairs]
+    harmful = [row.request == "harmful" for row in rows.prompts] + [
+        row.response_label == "harmful" for row in rows.pairs
+    ]
+    return word_lexicon(texts, sources, harmful, least=3, steps=recipe.odds_steps, penalty=recipe.odds_penalty)
+
+
+def make_tokenizer(rows: Rows, recipe: Recipe) -> PreTrainedTokenizerFast:
+    texts = [row.prompt[:4000] for row in rows.prompts] + [(row.response or "")[:1500] for row in rows.pairs]
+    return train_tokenizer([*texts, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
+
+
+def make_model(rows: Rows, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2_5_VLForConditionalGeneration:
+    """The model with its statistical start."""
+    model = build_model(tokenizer, shape(recipe), seed=recipe.seed)
+    encoder = PromptEncoder(tokenizer)
+    ids = [encoder.plain(row.prompt[:1500]) for row in rows.prompts]
+    harmful = [row.request == "harmful" for row in rows.prompts]
+    odds = fit_log_odds(
+        ids,
+        harmful,
+        balance([row.source for row in rows.prompts], harmful),
+        len(tokenizer),
+        steps=recipe.odds_steps,
+        penalty=recipe.odds_penalty,
+    )
+    answers = [encoder.plain((row.response or "")[:1000]) for row in rows.pairs]
+    start_embeddings(model, ids + answers, odds, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
+    return model
+
+
+def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, recipe: Recipe) -> list[Case]:
+    """The stream of cases, in order of drawing."""
+    rng = random.Random(recipe.seed)
+    by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
+    for row in rows.prompts:
+        if row.request:
+            by_label[row.request].append(row)
+    others: Mapping[Label, Sequence[str]] = {label: [row.prompt for row in kept] for label, kept in by_label.items()}
+    wanted = {kind: int(recipe.cases * share) for kind, share in recipe.kind_shares.items()}
+
+    def prompts(count: int) -> list[Row]:
+        harmful = int(count * recipe.harmful_share)
+        return draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng) + draw(
+            by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng
+        )
+
+    words = recipe.prompt_words
+    cases = [text_case(row, others, words, rng) for row in prompts(wanted["text"])]
+    cases += [dialogue_case(row, others, words, rng) for row in prompts(wanted["dialogue"])]
+    cases += [
+        pair_case(_mixed(row, by_label, rng), words, rng) for row in _pairs(rows.pairs, recipe, wanted["pair"], rng)
+    ]
+    pictures = [*typographic_rows, *rows.pictures]
+    shares = {"typographic": 6.0}
+    for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
+        assert row.image is not None
+        cases.append(picture_case(row, drawn(row.image.read_bytes()), others, rng))
+    return cases
+
+
+def _pairs(pairs: Sequence[Row], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
+    harmful = [row for row in pairs if row.response_label == "harmful"]
+    unharmful = [row for row in pairs if row.response_label == "unharmful"]
+    return draw(harmful, recipe.source_shares, recipe.power, count // 2, rng) + draw(
+        unharmful, recipe.source_shares, recipe.power, count - count // 2, rng
+    )
+
+
+def _mixed(row: Row, by_label: Mapping[Label, Sequence[Row]], rng: random.Random) -> Row:
+    """One pair in five gets another prompt, so that the answer's label is not read off the request."""
+    if rng.random() > 0.2:
+        return row
+    other = rng.choice(by_label[rng.choice(("harmful", "unharmful"))])
+    return Row(row.id, row.source, other.prompt, other.request, row.response, row.response_label, row.category)
+
+
+def encode_cases(
+    cases: Sequence[Case],
+    drawn: DrawnText,
+    lexicon: Lexicon,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    rationales: Mapping[str, str],
+    progress: Progress,
+) -> list[Example]:
+    """Cases as ids; one longer than twice the window is left out."""
+    encoder = PromptEncoder(tokenizer)
+    weights = {Kind(kind): weight for kind, weight in recipe.token_weights.items()}
+    task = progress.add_task("encoding cases", total=len(cases))
+    examples = []
+    for case in cases:
+        found = [drawn(blob.data) for blob in case.conversation.blobs()]
+        reasoning = rationales.get(case.id)
+        stretches = external(reasoning, case.judged) if reasoning else teach(case.judged, lexicon)
+        example = encode_example(render(case.conversation, found), stretches, weights, encoder, tokenizer, case.picture)
+        if len(example.prompt) <= 2 * recipe.window_tokens:
+            examples.append(example)
+        progress.advance(task)
+    return examples
+
+
+def train_nano(
+    data: Path,
+    output: Path,
+    recipe: Recipe,
+    read: Read,
+    *,
+    rationales: Mapping[str, str],
+    stop_after: int | None = None,
+) -> Path:
+    """Makes the guard and returns its folder; continues a run that was stopped.
+
+    ``stop_after`` ends after so many steps of the same schedule (to look at a run early).
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        rows = load_rows(data, recipe)
+        lexicon = make_lexicon(rows, recipe)
+        tokenizer = make_tokenizer(rows, recipe)
+        pictures = typographic(
+            rows.prompts, count=recipe.images, fonts=TRAIN_FONTS, folder=output / "images", seed=recipe.seed
+        )
+        write_held_out(rows.held_out, output / "held_out", recipe)
+        drawn = DrawnText(output / "drawn.jsonl", read)
+        paths = [row.image for row in (*pictures, *rows.pictures) if row.image]
+        task = progress.add_task("reading images", total=len(paths))
+        for path in paths:
+            drawn(path.read_bytes())
+            progress.advance(task)
+        cases = make_cases(rows, pictures, drawn, recipe)
+        examples = in_batches(
+            encode_cases(cases, drawn, lexicon, tokenizer, recipe, rationales, progress), recipe.batch, recipe.seed
+        )
+    model = make_model(rows, tokenizer, recipe)
+    encoder = PromptEncoder(tokenizer)
+    decisions = [tokenizer.convert_tokens_to_ids(phrase) for phrase in ("risky words in ", "ordinary words in ")]
+    steps = len(examples) // recipe.batch
+    trainer = GuardSFTTrainer(
+        model=model,
+        args=training_arguments(
+            output / "checkpoints",
+            batch=recipe.batch,
+            steps=steps,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup=recipe.warmup,
+            save_every=recipe.save_every,
+            seed=recipe.seed,
+        ),
+        train_dataset=to_dataset(examples),
+        processing_class=tokenizer,
+        data_collator=Collator(image_processor(shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
+        opening=encoder.opening,
+        image_pad=encoder.image_pad,
+        decisions=decisions,
+    )
+    if stop_after:
+        trainer.add_callback(StopAfter(stop_after))
+    trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
+    return export(trainer.model, tokenizer, output / "model", recipe)

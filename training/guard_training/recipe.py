@@ -1,0 +1,89 @@
+"""Every constant of a training run, read from a YAML file.
+
+Refuses: an unknown key, a missing one, and a value of another type; the message names the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """See ``recipes/nano.yaml`` for what each constant does."""
+
+    seed: int
+    name: str
+    files: list[str]
+    held_out: float
+    exclude: list[str]
+    cases: int
+    power: float
+    harmful_share: float
+    source_shares: dict[str, float]
+    kind_shares: dict[str, float]
+    prompt_words: int
+    images: int
+    held_out_images: int
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vision_hidden: int
+    vision_layers: int
+    image_tokens: int
+    embedding_rank: int
+    odds_dims: int
+    odds_steps: int
+    odds_penalty: float
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    warmup: int
+    save_every: int
+    token_weights: dict[str, float]
+    window_tokens: int
+    window_overlap: int
+    max_windows: int
+    max_new_tokens: int
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file; raises ``RecipeError``."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of names to constants")
+    return recipe(value, str(path))
+
+
+def recipe(value: dict[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe in a mapping; raises ``RecipeError``."""
+    kinds = {field.name: str(field.type) for field in fields(Recipe)}
+    for key in value:
+        if key not in kinds:
+            raise RecipeError(f"{where}: unknown key {key!r}; known keys: {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if key not in value:
+            raise RecipeError(f"{where}: {key} is missing; copy it from training/recipes/nano.yaml")
+        wanted = {"int": int, "float": (int, float), "str": str}.get(kind, list if kind.startswith("list") else dict)
+        if not isinstance(value[key], wanted) or isinstance(value[key], bool):  # type: ignore[arg-type]
+            raise RecipeError(f"{where}: {key} must be a {kind}")
+    return Recipe(**value)
+
+
+def default_recipe() -> Path:
+    """The recipe of nano: in the repository, or in the installed package."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here.parent / "recipes" / "nano.yaml", here / "nano.yaml") if path.is_file())

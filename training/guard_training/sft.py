@@ -1,0 +1,232 @@
+"""Reasoning SFT on TRL's SFTTrainer, made cheap enough for two CPU cores.
+
+Three changes to the stock trainer. The opening of every prompt (the system turn, half of a short row) is the same
+tokens in every row, so it runs once per batch and its keys and values are expanded, with gradients. The vocabulary's
+logits are computed at labelled positions only. And each labelled token has a weight, so that a decision counts for
+more than the phrase round it. Rows come in an order fixed beforehand, in batches of like length.
+
+Checkpoints of Qwen2.5-VL resume with *no weights at all* in stock Trainer (the saved names are the legacy ones, and
+the load is not strict); ``_load_from_checkpoint`` repairs that.
+"""
+
+# ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
+from guard_training.teacher import Kind, Stretch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as ids. ``weights`` has one number per completion token; ``picture`` is the path of its only image."""
+
+    prompt: list[int]
+    completion: list[int]
+    weights: list[float]
+    picture: str | None = None
+
+
+def encode_example(
+    transcript: Transcript,
+    stretches: Sequence[Stretch],
+    weights: Mapping[Kind, float],
+    encoder: PromptEncoder,
+    tokenizer: PreTrainedTokenizerFast,
+    picture: Path | None = None,
+) -> Example:
+    """A case as the worker would encode it, and what the guard should write."""
+    ids: list[int] = []
+    values: list[float] = []
+    for stretch in stretches:
+        piece = tokenizer.encode(stretch.text, add_special_tokens=False)
+        ids += piece
+        values += [weights[stretch.kind]] * len(piece)
+    ids.append(encoder.im_end)
+    values.append(weights[Kind.TEMPLATE])
+    return Example(encoder.encode(transcript).ids, ids, values, str(picture) if picture else None)
+
+
+def in_batches(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
+    """The examples in batches of like length, batches in random order; the last, short batch is left out."""
+    rng = random.Random(seed)
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    pool = size * 50
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        near = sorted(order[start : start + pool], key=lambda i: len(examples[i].prompt) + len(examples[i].completion))
+        batches += [near[at : at + size] for at in range(0, len(near), size)]
+    batches = [batch for batch in batches if len(batch) == size]
+    rng.shuffle(batches)
+    return [examples[i] for batch in batches for i in batch]
+
+
+def to_dataset(examples: Sequence[Example]) -> Dataset:
+    """Columns: ``input_ids`` (prompt and completion), ``labels`` (prompt ignored), ``loss_weights``, ``picture``."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [e.prompt + e.completion for e in examples],
+            "labels": [[IGNORED] * len(e.prompt) + e.completion for e in examples],
+            "loss_weights": [[0.0] * len(e.prompt) + e.weights for e in examples],
+            "picture": [e.picture or "" for e in examples],
+        }
+    )
+
+
+class Collator:
+    """Pads on the right, and makes the images of a batch into pixels and their pads into one id per image token."""
+
+    def __init__(self, image_processor: Any, image_pad: int, pad: int) -> None:
+        self._images, self._image_pad, self._pad = image_processor, image_pad, pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels, grids, lines = [], [], []
+        for row in rows:
+            ids, labels, weights = row["input_ids"], row["labels"], row["loss_weights"]
+            if row["picture"]:
+                with Image.open(row["picture"]) as image:
+                    made = self._images(images=[image.convert("RGB")], return_tensors="pt")
+                pixels.append(made["pixel_values"])
+                grids.append(made["image_grid_thw"])
+                extra = int(grids[-1].prod()) // 4 - 1
+                ids = expand_images(ids, [extra + 1], self._image_pad)
+                labels, weights = [IGNORED] * extra + labels, [0.0] * extra + weights
+            lines.append((ids, labels, weights))
+        longest = max(len(ids) for ids, _, _ in lines)
+
+        def padded(column: int, filler: float) -> Tensor:
+            return torch.tensor([line[column] + [filler] * (longest - len(line[column])) for line in lines])
+
+        batch = {"input_ids": padded(0, self._pad), "labels": padded(1, IGNORED), "loss_weights": padded(2, 0.0)}
+        if pixels:
+            batch |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+        return batch
+
+
+class GuardSFTTrainer(SFTTrainer):
+    """``opening`` are the ids that every row begins with."""
+
+    def __init__(self, *args: Any, opening: Sequence[int], image_pad: int, decisions: Sequence[int], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._opening = torch.tensor([list(opening)])
+        self._image_pad = image_pad
+        self._decisions = torch.tensor(list(decisions))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy of the labelled tokens, weighted."""
+        hidden = self._hidden(model, inputs)
+        labels = inputs["labels"][:, self._opening.shape[1] + 1 :]
+        weights = inputs["loss_weights"][:, self._opening.shape[1] + 1 :]
+        chosen = labels != IGNORED
+        logits = model.lm_head(hidden[:, :-1][chosen])
+        wanted, weight = labels[chosen], weights[chosen]
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+        with torch.no_grad():
+            decided = torch.isin(wanted, self._decisions) & (weight > 0)
+            right = (logits.argmax(-1) == wanted)[decided].float()
+            if len(right):
+                self._metrics["train" if model.training else "eval"]["decision_accuracy"].append(right.mean().item())
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _hidden(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        ids, core, start = inputs["input_ids"], model.model, self._opening.shape[1]
+        if not bool((ids[:, :start] == self._opening).all()):
+            raise ValueError("a row does not begin with the shared opening")
+        kinds = (ids == self._image_pad).int()
+        images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
+        positions, _ = core.get_rope_index(
+            ids,
+            mm_token_type_ids=kinds,
+            image_grid_thw=images.get("image_grid_thw"),
+            attention_mask=torch.ones_like(ids),
+        )
+        cache = DynamicCache(config=model.config.get_text_config())
+        core.language_model(
+            input_ids=self._opening, position_ids=positions[:, :1, :start], past_key_values=cache, use_cache=True
+        )
+        cache.batch_repeat_interleave(len(ids))
+        hidden: Tensor = core(
+            input_ids=ids[:, start:],
+            position_ids=positions[:, :, start:],
+            past_key_values=cache,
+            use_cache=True,
+            mm_token_type_ids=kinds[:, start:],
+            **images,
+        ).last_hidden_state
+        return hidden
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = model or self.model
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run early, on its own schedule, and leaves a checkpoint to go on from."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self._step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def training_arguments(
+    output: Path,
+    *,
+    batch: int,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: int,
+    save_every: int,
+    seed: int,
+) -> SFTConfig:
+    """fp32 on the CPU (bf16 is ten times slower there), cosine schedule, two checkpoints kept."""
+    return SFTConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        dataloader_drop_last=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=20,
+        report_to="none",
+        disable_tqdm=False,
+        seed=seed,
+        data_seed=seed,
+    )
