@@ -211,8 +211,8 @@ class _Exchange:
         async def canonical(uri: str) -> Blob:
             if media.classify(uri) == "http":
                 data = await self._runtime.fetch(uri)
-                return await asyncio.to_thread(media.canonicalise, data, limits)
-            return await asyncio.to_thread(lambda: media.canonicalise(media.decode_data_url(uri, limits), limits))
+                return await self._runtime.decode(lambda: media.canonicalise(data, limits))
+            return await self._runtime.decode(lambda: media.canonicalise(media.decode_data_url(uri, limits), limits))
 
         try:
             async with asyncio.TaskGroup() as group:

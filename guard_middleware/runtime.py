@@ -6,6 +6,8 @@ import asyncio
 import logging
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -19,13 +21,15 @@ from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
-from guard_middleware.types import Verdict
+from guard_middleware.types import Blob, Verdict
 from guard_middleware.wire import ModerationRequest
 
 logger = logging.getLogger(__name__)
 
 #: how long a host's start waits for the worker; past it the start fails with the worker's last words
 READY_SECONDS = 300.0
+#: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
+_DECODERS = 2
 
 
 class Guard(Protocol):
@@ -72,6 +76,7 @@ class Runtime:
         )
         header = config.tenants.header
         self._tenant_header = header.encode("latin-1") if header else b""
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="guard-media")
         self._fetcher = (
             Fetcher(allow=frozenset(config.images.allow), limits=config.limits) if config.images.fetch else None
         )
@@ -108,6 +113,7 @@ class Runtime:
             await self.worker.stop()
         if self._fetcher is not None:
             self._fetcher.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
         await self.telemetry.aclose()
         await self.audit.aclose()
         if self._directory is not None:
@@ -116,6 +122,10 @@ class Runtime:
     def public_headers(self, headers: Headers) -> Headers:
         """Without the tenant header, which is between the operator's auth layer and us."""
         return tuple(pair for pair in headers if pair[0] != self._tenant_header)
+
+    async def decode(self, work: Callable[[], Blob]) -> Blob:
+        """Runs the decoding of one image in a thread, at most ``_DECODERS`` at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
     async def fetch(self, url: str) -> bytes:
         """The bytes of an image at a public URL; raises ``RequestRejected``."""
