@@ -19,12 +19,14 @@ from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerProcess
 from guard_middleware.limits import Limits
 from guard_middleware.media import canonicalise
-from guard_middleware.types import Conversation, Message, Part, Source, Text, Verdict
+from guard_middleware.types import Blob, Conversation, Message, Part, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
 
 #: rows in flight: enough to fill the worker's batches
 _CONCURRENCY = 16
 _START_SECONDS = 300.0
+#: the operator's own pictures: larger than what a stranger may send
+_LIMITS = Limits(image_bytes=64 * 1024 * 1024, image_pixels=100_000_000)
 
 
 @asynccontextmanager
@@ -74,8 +76,7 @@ async def judge(client: GuardClient, row: dict[str, Any], *, base: Path, deadlin
     try:
         parts: list[Part] = []
         if row.get("image"):
-            data = await asyncio.to_thread((base / row["image"]).read_bytes)
-            parts.append(await asyncio.to_thread(canonicalise, data, Limits()))
+            parts.append(await asyncio.to_thread(_picture, row["image"], base))
         if row.get("prompt"):
             parts.append(Text(row["prompt"]))
     except (OSError, RequestRejected) as error:
@@ -84,6 +85,12 @@ async def judge(client: GuardClient, row: dict[str, Any], *, base: Path, deadlin
     conversation = Conversation((Message("user", tuple(parts)),), answer=answer)
     source: Source = "input" if answer is None else "output"
     return await client.moderate(ModerationRequest(row["id"], conversation, source, deadline))
+
+
+def _picture(path: str, base: Path) -> Blob:
+    """A path is relative to the file of rows, or else to the current directory."""
+    beside = base / path
+    return canonicalise((beside if beside.exists() else Path(path)).read_bytes(), _LIMITS)
 
 
 def line(id: str, outcome: Verdict | GuardError) -> dict[str, Any]:

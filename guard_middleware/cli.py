@@ -29,7 +29,9 @@ _EPILOG = """examples:
 def main(argv: list[str] | None = None) -> int:
     """The command's exit status: 0 done, 1 rows without a verdict, 2 a mistake in what was asked."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and arguments.run is not _worker:  # argparse.REMAINDER would not take leading options
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         return int(arguments.run(arguments))
@@ -81,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser(
         "worker", help="the guard worker alone (all its options: worker --help)", add_help=False
     )
-    worker.add_argument("rest", nargs=argparse.REMAINDER)
     worker.set_defaults(run=_worker)
 
     policy = commands.add_parser("policy", help="what the configuration means").add_subparsers(required=True)
