@@ -29,9 +29,10 @@ _EPILOG = """examples:
 def main(argv: list[str] | None = None) -> int:
     """The command's exit status: 0 done, 1 rows without a verdict, 2 a mistake in what was asked."""
     parser = _parser()
-    arguments, arguments.rest = parser.parse_known_args(argv)
-    if arguments.rest and arguments.run is not _worker:  # argparse.REMAINDER would not take leading options
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
+    if rest and arguments.run is not _worker:  # argparse.REMAINDER would not take leading options
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         return int(arguments.run(arguments))
