@@ -121,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse_args(argv)
     if (options.socket is None) == (options.port is None):
         cli.error("give either --socket PATH or --port N")
-    serve.log_to_stderr(options.log_level)
     try:
         if options.socket is not None:
             listener = serve.unix_listener(options.socket)
@@ -132,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    serve.log_to_stderr(options.log_level)
     if options.exit_with_parent:
         serve.exit_with_parent()
 

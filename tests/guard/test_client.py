@@ -228,7 +228,7 @@ def test_a_cancelled_caller_and_a_missed_deadline_cancel_the_question_in_the_wor
         path = tmp_path / "w.sock"
         async with stub(path, silence) as messages, client_of(path) as client:
             task = asyncio.create_task(client.moderate(question()))
-            while not messages:  # noqa: ASYNC110
+            while not messages:
                 await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -56,7 +56,7 @@ def kinds(events):
 
 async def until(condition, seconds=10.0):
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the conditions are plain values
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -93,7 +93,7 @@ def session(path, **options):
 
 async def until(condition):
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - the conditions are plain values
+        while not condition():
             await asyncio.sleep(0.01)
 
 

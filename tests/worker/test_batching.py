@@ -53,7 +53,7 @@ async def occupy(batcher, engine, name="first"):
 
 
 async def idle(batcher):
-    while batcher.running:  # noqa: ASYNC110 - what a test sees of the batcher has no event
+    while batcher.running:
         await asyncio.sleep(0.01)
 
 
