@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
+
+_API_VERSION = re.compile(rb"api-version=[A-Za-z0-9._-]{1,40}")
 
 
 class GuardMiddleware:
@@ -321,9 +324,9 @@ def _length(body: bytes) -> tuple[bytes, bytes]:
 
 
 def _query(scope: Scope) -> bytes:
-    """Of the query only ``api-version``, which Azure's SDKs send: nothing else may steer an upstream."""
+    """Of the query only one plain ``api-version``, which Azure's SDKs send: nothing else may steer an upstream."""
     pairs = scope.get("query_string", b"").split(b"&")
-    return b"&".join(pair for pair in pairs if pair.startswith(b"api-version=") and len(pair) < 64)
+    return next((pair for pair in pairs if _API_VERSION.fullmatch(pair)), b"")
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
