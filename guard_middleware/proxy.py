@@ -6,10 +6,12 @@ other path goes to the guard, which refuses what it does not know.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +25,6 @@ from guard_middleware.runtime import Runtime
 from guard_middleware.upstream import UpstreamApp
 
 if TYPE_CHECKING:
-    import socket
-
     from starlette.requests import Request
 
 
@@ -56,7 +56,7 @@ def create_app(config: Config, *, runtime: Runtime | None = None) -> Starlette:
         ok = await runtime.ready()
         return JSONResponse({"status": "ready" if ok else "not ready"}, status_code=200 if ok else 503)
 
-    return Starlette(
+    app = Starlette(
         lifespan=lifespan,
         routes=[
             Route("/guard/health", health),
@@ -64,10 +64,17 @@ def create_app(config: Config, *, runtime: Runtime | None = None) -> Starlette:
             Mount("", app=GuardMiddleware(upstream, runtime=runtime)),
         ],
     )
+    app.state.runtime = runtime
+    return app
 
 
-def server(app: Any, host: str, port: int, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
-    """A uvicorn server for ``app``; ``on_ready`` gets its base URL once it accepts requests (port 0: any free)."""
+def server(app: Starlette, host: str, port: int, *, on_ready: Callable[[str], None]) -> uvicorn.Server:
+    """A uvicorn server for an app of ``create_app``; binds at once, and raises ``ConfigError`` where it cannot.
+
+    ``on_ready`` gets its base URL once it can moderate and accepts requests (port 0: any free). ``run`` and ``serve``
+    raise ``GuardError`` where there is no worker.
+    """
+    listener = _bind(host, port)
     config = uvicorn.Config(
         app,
         host=host,
@@ -81,15 +88,56 @@ def server(app: Any, host: str, port: int, *, on_ready: Callable[[str], None]) -
         log_config=None,
         timeout_graceful_shutdown=30,
     )
-    return _Server(config, on_ready)
+    return _Server(config, listener, app.state.runtime, on_ready)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet, so that clients are refused rather than kept waiting."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host} port {port} ({error})", remedy="give another --host") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port} ({error})", remedy="give another --port, or 0 for any free one"
+        ) from None
+    return listener
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, runtime: Runtime, on_ready: Callable[[str], None]
+    ) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._listener, self._runtime, self._on_ready = listener, runtime, on_ready
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve([self._listener])
+        finally:
+            self._listener.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Here and not in the lifespan, which turns an error into a traceback and is deaf to signals.
+        starting = asyncio.create_task(self._runtime.start(wait=True))
+        try:
+            while not (starting.done() or self.should_exit):
+                await asyncio.wait({starting}, timeout=0.1)
+            if starting.done():
+                starting.result()
+        except BaseException:
+            await self._runtime.aclose()
+            raise
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self._runtime.aclose()
+            return
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]

@@ -14,7 +14,7 @@ from typing import Protocol
 from guard_middleware.audit import AuditLog
 from guard_middleware.config import Config
 from guard_middleware.dialects.base import Headers, Options
-from guard_middleware.errors import GuardError, RejectKind, RequestRejected
+from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
 from guard_middleware.guard.client import GuardClient
@@ -26,7 +26,7 @@ from guard_middleware.wire import ModerationRequest
 
 logger = logging.getLogger(__name__)
 
-#: how long a host's start waits for the worker; past it the start fails with the worker's last words
+#: how long a host's start waits for the worker, its own or another's; past it the start fails
 READY_SECONDS = 300.0
 #: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
 _DECODERS = 2
@@ -100,6 +100,8 @@ class Runtime:
                 self._started = True
         if wait and self.worker is not None:
             await self.worker.wait_ready(READY_SECONDS)
+        elif wait:
+            await self._wait_for_other()
 
     async def ready(self) -> bool:
         """Whether a request could be moderated now."""
@@ -132,6 +134,23 @@ class Runtime:
         if self._fetcher is None:
             raise RequestRejected(RejectKind.FORBIDDEN_URL, "image URLs are not fetched here; send a data: URL")
         return await self._fetcher.fetch(url)
+
+    async def _wait_for_other(self) -> None:
+        """Until the worker that somebody else starts can moderate; raises ``GuardError``."""
+        worker = self.config.worker
+        where, pause = worker.url or worker.socket, 0.05
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                while not await self.ready():
+                    if pause == 0.05:
+                        logger.warning("waiting for the guard worker at %s", where)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, 1.0)
+        except TimeoutError:
+            raise GuardError(
+                GuardErrorKind.UNAVAILABLE,
+                f"no guard worker was ready at {where} within {READY_SECONDS:g} s; start it with `guard-gateway worker`",
+            ) from None
 
     def _worker_address(self) -> str:
         worker = self.config.worker
