@@ -115,7 +115,7 @@ class WorkerProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES,
-            process_group=0,  # Ctrl-C is for this process, which then ends the worker
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the worker (uvloop has no process_group)
         )
         self._emit(WorkerEvent("started", self._process.pid))
         return self._process

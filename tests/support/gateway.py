@@ -246,8 +246,6 @@ class Process:
         self.argv, self._ready = argv, ready
         self.stderr = folder / f"{next(_UNIQUE)}.stderr"
         self.lines: list[str] = []
-        #: set by a test that makes this process complain on purpose
-        self.may_complain = False
 
     def start(self) -> str:
         """Returns the line that says ready."""
@@ -287,7 +285,7 @@ class Process:
                 if pipe is not None:
                     pipe.close()
         complaints = [word for word in ("Traceback", "never", "Warning:") if word in self.stderr.read_text()]
-        assert self.may_complain or not complaints, self.stderr.read_text()
+        assert not complaints, self.stderr.read_text()
 
     def _read(self) -> None:
         assert self.popen.stdout is not None
