@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except (GuardMiddlewareError, OSError) as error:
-        Console(stderr=True).print(f"guard-gateway: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True).print(
+            f"guard-gateway: {error}", style="red", markup=False, soft_wrap=True, highlight=False
+        )
         return 2
     except KeyboardInterrupt:
         return 130

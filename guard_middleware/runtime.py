@@ -149,7 +149,7 @@ class Runtime:
         except TimeoutError:
             raise GuardError(
                 GuardErrorKind.UNAVAILABLE,
-                f"no guard worker was ready at {where} within {READY_SECONDS:g} s; start it with `guard-gateway worker`",
+                f"no guard worker was ready at {where} within {READY_SECONDS:g} s; start `guard-gateway worker` there",
             ) from None
 
     def _worker_address(self) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from guard_middleware import config, proxy
 from guard_middleware.errors import ConfigError
-
 from tests.support.gateway import (
     CHAT,
     GOOD,
