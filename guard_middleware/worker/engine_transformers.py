@@ -27,6 +27,7 @@ from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.guard.parse import END_RESULT, END_THINK
 from guard_middleware.guard.prompt import PromptEncoder, expand_images
 from guard_middleware.worker.engine import Generation, GuardPrompt
+from guard_middleware.worker.quotes import Quotes
 from guard_middleware.worker.weights import ModelFacts, Weights
 
 #: Tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token.
@@ -40,11 +41,12 @@ class _FileTokenizer:
 
 @dataclass(slots=True)
 class _Row:
-    """One prompt in the making. ``thought`` is the number of tokens up to ``</think>``."""
+    """One prompt in the making: ``judged`` is the user turn of ``ids``, ``thought`` the tokens up to ``</think>``."""
 
     index: int
     prompt: GuardPrompt
     ids: list[int]
+    judged: list[int]
     written: list[int] = field(default_factory=list)
     thought: int | None = None
     label: Literal["request", "response"] | None = None
@@ -81,6 +83,8 @@ class TransformersEngine:
         self._harmful, self._unharmful = (self._encoder.plain(f" {label}")[0] for label in ("harmful", "unharmful"))
         if self._harmful == self._unharmful:
             raise ConfigError("the labels begin with the same token", path=str(weights.folder))
+        marks = self.facts.quote_marks
+        self._quotes = Quotes(self._tokenizer, marks) if marks else None
         eos = self._model.generation_config.eos_token_id
         self._ends = {self._encoder.im_end, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}
 
@@ -139,7 +143,7 @@ class TransformersEngine:
         ids = expand_images(prompt.ids, counts, self._encoder.image_pad)
         if len(ids) > self.facts.max_input_tokens:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {len(ids)} tokens")
-        return _Row(index, prompt, ids), images
+        return _Row(index, prompt, ids, ids[len(self._encoder.opening) : -len(self._encoder.closing)]), images
 
     def _decode(self, rows: list[_Row], pixels: list[Any], cancelled: Callable[[int], bool]) -> list[_Row]:
         """Runs rows to their ends; returns those that were not cancelled."""
@@ -148,7 +152,7 @@ class TransformersEngine:
         alive, done = list(rows), []
         while True:
             logits = self._model.lm_head(hidden[:, -1])
-            tokens = logits.argmax(-1).tolist()
+            tokens = [self._choose(row, scores) for row, scores in zip(alive, logits, strict=True)]
             for row, token, scores in zip(alive, tokens, logits, strict=True):
                 self._advance(row, token, scores)
             keep = [n for n, row in enumerate(alive) if row.finish is None and not cancelled(row.index)]
@@ -202,6 +206,12 @@ class TransformersEngine:
             **inputs,
         ).last_hidden_state
         return hidden, padded, positions.amax(dim=(0, 2)) + 1
+
+    def _choose(self, row: _Row, logits: torch.Tensor) -> int:
+        allowed = self._quotes.allowed(row.judged, row.written) if self._quotes and row.thought is None else None
+        if allowed is None:
+            return int(logits.argmax())
+        return allowed[int(logits[torch.tensor(allowed, device=self._device)].argmax())]
 
     def _advance(self, row: _Row, token: int, logits: torch.Tensor) -> None:
         if row.label is not None and row.label not in row.scores:

@@ -29,7 +29,8 @@ class ModelFacts:
     ``reader`` is whether drawn text is read for it by default. ``window_tokens`` is the longest prompt (system turn
     and images included) that it judges well, None for all up to ``max_input_tokens``; longer content is judged in at
     most ``max_windows`` overlapping windows. ``revision`` identifies the weights: the first 16 hex digits of the
-    SHA-256 over their files, or the hub's commit.
+    SHA-256 over their files, or the hub's commit. ``quote_marks`` are the two characters between which the guard may
+    only repeat what it judges (see ``worker.quotes``).
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelFacts:
     max_input_tokens: int = 8192
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 1280 * 28 * 28
+    quote_marks: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def load(folder: Path, *, name: str) -> Weights:
 
 def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> ModelFacts:
     kinds: dict[str, Any] = {field.name: int for field in fields(ModelFacts)}
-    kinds |= {"name": str, "revision": str, "reader": bool}
+    kinds |= {"name": str, "revision": str, "reader": bool, "quote_marks": str}
     for key, value in stated.items():
         kind = kinds.get(key)
         path = str(folder / "guard.json")
@@ -95,6 +97,8 @@ def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> Mo
             wanted = "a positive integer" if kind is int else f"a {kind.__name__}"
             raise ConfigError(f"{key} must be {wanted}", path=path)
     facts = ModelFacts(**{**defaults, **stated})
+    if facts.quote_marks is not None and len(facts.quote_marks) != 2:
+        raise ConfigError("quote_marks must be two characters", path=str(folder / "guard.json"))
     if facts.window_tokens is not None and facts.window_overlap * 2 > facts.window_tokens:
         raise ConfigError("window_overlap must be at most half of window_tokens", path=str(folder / "guard.json"))
     return facts
