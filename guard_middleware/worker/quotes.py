@@ -17,7 +17,7 @@ class Quotes:
     """The constraint for one tokenizer. ``marks`` are the opening and the closing character."""
 
     def __init__(self, tokenizer: Tokenizer, marks: str) -> None:
-        opening, closing = marks
+        opening, closing = marks[0], marks[1]
         self._texts = [tokenizer.decode([id], skip_special_tokens=False) for id in range(tokenizer.get_vocab_size())]
         self._opens = frozenset(id for id, text in enumerate(self._texts) if text.endswith(opening))
         self._closes = frozenset(id for id, text in enumerate(self._texts) if text.lstrip().startswith(closing))
