@@ -173,8 +173,7 @@ class Runtime:
 def _log(event: WorkerEvent) -> None:
     if event.kind == "log":
         logger.info("worker %d: %s", event.pid, event.line)
-    elif event.kind == "exited":
-        again = "not restarted" if event.delay is None else f"restarted in {event.delay:g} s"
-        logger.error("worker %d exited with %s, %s", event.pid, event.returncode, again)
+    elif event.kind == "exited" and event.delay is not None:
+        logger.error("worker %d exited with %s, restarted in %g s", event.pid, event.returncode, event.delay)
     else:
         logger.info("worker %d %s", event.pid, event.kind)
