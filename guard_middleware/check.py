@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind, RequestRejected
 from guard_middleware.guard.client import GuardClient
-from guard_middleware.guard.supervisor import WorkerProcess
+from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.limits import Limits
 from guard_middleware.media import canonicalise
 from guard_middleware.types import Blob, Conversation, Message, Part, Source, Text, Verdict
@@ -41,9 +40,7 @@ async def worker(model: str, *, url: str | None = None, threads: int | None = No
         return
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:
         socket = str(Path(folder) / "worker.sock")
-        argv = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", socket]
-        argv += ["--exit-with-parent", *(["--threads", str(threads)] if threads else [])]
-        process, client = WorkerProcess(argv, socket), GuardClient(socket)
+        process, client = WorkerProcess(worker_command(model, socket, threads=threads), socket), GuardClient(socket)
         try:
             await process.start()
             await process.wait_ready(_START_SECONDS)

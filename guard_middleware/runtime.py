@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, Requ
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
 from guard_middleware.guard.client import GuardClient
-from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess
+from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess, worker_command
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.types import Blob, Verdict
@@ -162,10 +161,7 @@ class Runtime:
             self._directory = tempfile.TemporaryDirectory(prefix="guard-")  # mode 0700
             address = str(Path(self._directory.name) / "worker.sock")
         if worker.managed:
-            argv = [sys.executable, "-m", "guard_middleware.worker", "--model", worker.model, "--socket", address]
-            argv += ["--exit-with-parent"]
-            if worker.threads is not None:
-                argv += ["--threads", str(worker.threads)]
+            argv = worker_command(worker.model, address, threads=worker.threads)
             self.worker = WorkerProcess(argv, address, on_event=_log)
         return address
 

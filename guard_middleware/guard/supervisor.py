@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,12 @@ class Backoff:
     first: float = 0.5
     limit: float = 30.0
     healthy: float = 60.0
+
+
+def worker_command(model: str, socket: str | Path, *, threads: int | None = None) -> list[str]:
+    """The command of a worker that ends with the process that starts it."""
+    command = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", str(socket)]
+    return [*command, "--exit-with-parent", *(["--threads", str(threads)] if threads is not None else [])]
 
 
 class WorkerProcess:
@@ -115,7 +122,7 @@ class WorkerProcess:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=_LINE_BYTES,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the worker (uvloop has no process_group)
+            start_new_session=True,  # Ctrl-C is for this process, which ends the worker; uvloop has no process_group
         )
         self._emit(WorkerEvent("started", self._process.pid))
         return self._process
