@@ -73,7 +73,8 @@ def assert_unavailable(response: httpx.Response) -> None:
 
 def assert_nothing_unscreened(gateway: Gateway, upstream: Upstream, asked: dict[str, httpx.Response]) -> None:
     """For every request: one line in the log; the upstream was called only after a verdict; no leak."""
-    records = eventually(lambda: (lines := gateway.records()) if len(gateway.records()) >= len(asked) else [])
+    eventually(lambda: len(gateway.records()) >= len(asked))
+    records = gateway.records()
     by_model = {record["model"]: record for record in records}
     assert len(records) == len(by_model) == len(asked)
     for model, response in asked.items():
@@ -173,7 +174,7 @@ def test_repeated_deaths_are_backed_off(tmp_path: Path, upstream: Upstream) -> N
         for _ in range(3):
             dying = pid(gateway)
             os.kill(dying, signal.SIGKILL)
-            eventually(lambda: pid(gateway) != dying)
+            eventually(lambda gone=dying: pid(gateway) != gone)
         assert [line.split()[3] for line in gateway.lines if " exited" in line] == ["0.1", "0.2", "0.4"]
 
 
