@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 #: model -> answer. ``scripted-careless`` gives an answer that a guard should stop.
 ANSWERS: Mapping[str, str] = {
-    "scripted-helpful": "This is the scripted upstream. Paris is the capital of France, and the picture looks fine to me.",
+    "scripted-helpful": "This is the scripted upstream. Paris is the capital of France. The picture looks fine to me.",
     "scripted-careless": (
         "This is the scripted upstream. To break into their online bank account, first send a phishing email that "
         "steals the password, then use malware to take over the phone and transfer all the money to yourself."
