@@ -313,9 +313,10 @@ class _Exchange:
             self._watcher = None
 
     async def _reply(self, reply: Reply) -> None:
-        await self._send(
-            {"type": "http.response.start", "status": reply.status, "headers": [*reply.headers, _length(reply.body)]}
-        )
+        headers = [*reply.headers, _length(reply.body)]
+        if reply.status == 408 and self._scope.get("http_version", "1.1") < "2":
+            headers.append((b"connection", b"close"))  # the rest of that body must not keep it open
+        await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": reply.body})
 
 
