@@ -135,11 +135,12 @@ def admit(table: Table, value: JSONValue, path: str, options: Options) -> Admitt
     """Apply ``table`` to the object ``value``; raises ``FieldError``."""
     result = Admitted()
     for name, item in as_object(value, path).items():
-        where = join(path, name)
         rule = table.get(name)
         if rule is None:
-            _unknown(table, name, item, where, options, result)
-        elif item is None and rule is not Rule.NESTED:
+            _unknown(table, name, item, join(path, name), options, result)
+            continue
+        where = f"{path}.{name}" if path else name  # not join: what a table names is fit to be shown
+        if item is None and rule is not Rule.NESTED:
             result.kept[name] = None
         elif rule is Rule.TEXT:
             result.texts[name] = as_str(item, where)
