@@ -4,11 +4,11 @@
 
 Starts, each as a process of its own on loopback: the scripted upstream, the scripted worker (the real worker app
 and socket, answers at once), ``guard-gateway serve`` with its decision log on, and ``naive_proxy.py``. One client
-with kept-alive connections sends the same body of about 1.5 kB to all three in turn, so that whatever else the
+with kept-alive connections sends the same body of about 1.3 kB to all three in turn, so that whatever else the
 machine does hits all alike: absolute figures drift with its load, the ratio holds. ``added`` is the difference of
 two medians (or two p99), to the same client going straight to the same upstream. ``ratio`` is what the gateway adds
 over what the naive proxy adds. A second part keeps 16 requests in flight per target. The targets of the project:
-added median <= 4 ms, added p99 <= 15 ms, ratio <= 0.6, for ``1 at a time``. Takes about two minutes on 2 cores and
+added median <= 4 ms, added p99 <= 15 ms, ratio <= 0.6, for ``1 at a time``. Takes about a minute on 2 cores and
 exits 1 where a target is missed.
 """
 
@@ -43,7 +43,7 @@ TARGETS = ("direct", "gateway", "naive")
 
 
 def body(stream: bool) -> bytes:
-    """A chat of three turns, about 1.5 kB."""
+    """A chat of three turns, about 1.3 kB."""
     recipe = "Mix flour, water and salt, let the dough rest for an hour, fold it twice, then bake it on a hot stone. "
     value = {
         "model": "scripted-helpful",
