@@ -6,17 +6,18 @@ application is the in-process guard. The upstream's host comes from the operator
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import httpx
+import aiohttp
+from yarl import URL
 
-from guard_middleware.errors import ConfigError
-from guard_middleware.http1 import Pool
+from guard_middleware.errors import ConfigError, UpstreamError, UpstreamErrorKind
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
+
+_NOT_ADDED = frozenset(("Accept", "Accept-Encoding", "Content-Type", "User-Agent"))
 
 
 class UpstreamApp:
@@ -29,48 +30,64 @@ class UpstreamApp:
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, silence: float = 120.0) -> None:
         try:
-            base = httpx.URL(url)
-        except httpx.InvalidURL:
-            base = httpx.URL("")
+            base = URL(url)
+        except ValueError:
+            base = URL("")
         if base.scheme not in ("http", "https") or not base.host or base.query or base.fragment:
             raise ConfigError(
                 f"the upstream {url!r} is not an http(s) URL", remedy="write it like https://api.example.com/v1"
             )
-        self._prefix = base.raw_path.rstrip(b"/").removesuffix(b"/v1")
-        set_here = {name.lower().encode("latin-1"): value.encode("latin-1") for name, value in (headers or {}).items()}
+        self._base = str(base).rstrip("/").removesuffix("/v1")
         # identity: a compressed answer could not be screened without an unbounded decoder
-        self._headers = {b"host": base.netloc, b"accept-encoding": b"identity", **set_here}
-        tls = base.scheme == "https"
-        self._pool = Pool(
-            base.raw_host.decode("ascii"),
-            base.port or (443 if tls else 80),
-            tls=ssl.create_default_context() if tls else None,
-            silence=silence,
-            connect=min(10.0, silence),
-        )
+        self._headers = {"accept-encoding": "identity"}
+        self._headers |= {name.lower(): value for name, value in (headers or {}).items()}
+        self._timeout = aiohttp.ClientTimeout(sock_connect=min(10.0, silence), sock_read=silence)
+        self._client: aiohttp.ClientSession | None = None
 
     async def aclose(self) -> None:
         """Closes the idle connections."""
-        self._pool.close()
+        if self._client is not None:
+            await self._client.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._client is None:  # it binds itself to the running loop
+            self._client = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20.0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                skip_auto_headers=_NOT_ADDED,
+                timeout=self._timeout,
+                requote_redirect_url=False,
+            )
         body = bytearray()
         while True:
             message = await receive()
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 break
-        target = self._prefix + scope["raw_path"]
+        target = self._base + scope["raw_path"].decode("ascii")
         if scope["query_string"]:
-            target += b"?" + scope["query_string"]
-        headers = [(name, value) for name, value in scope["headers"] if name not in self._headers]
-        connection = await self._pool.acquire()
+            target += "?" + scope["query_string"].decode("ascii")
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = [
+            *self._headers.items(),
+            *(pair for pair in headers if pair[0] not in self._headers and pair[0] != "host"),
+        ]
         try:
-            await connection.send(scope["method"], target, [*self._headers.items(), *headers], bytes(body))
-            status, answer_headers = await connection.head()
-            await send({"type": "http.response.start", "status": status, "headers": answer_headers})
-            while chunk := await connection.read():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._pool.release(connection)
+            async with self._client.request(
+                scope["method"],
+                URL(target, encoded=True),
+                headers=headers,
+                data=bytes(body) if body else None,
+                allow_redirects=False,
+            ) as response:
+                await send({"type": "http.response.start", "status": response.status, "headers": response.raw_headers})
+                async for chunk in response.content.iter_any():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            raise UpstreamError(UpstreamErrorKind.TIMEOUT) from None
+        except aiohttp.ClientConnectorError as error:
+            raise UpstreamError(UpstreamErrorKind.UNREACHABLE, type(error).__name__) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamError(UpstreamErrorKind.RESET, type(error).__name__) from None
