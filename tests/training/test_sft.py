@@ -12,10 +12,11 @@ from guard_middleware.guard.parse import parse
 from guard_middleware.guard.prompt import PromptEncoder, render
 from guard_middleware.types import Blob, Conversation, Message, Text
 from guard_middleware.worker.weights import load
+from guard_training.calibrate import shift_decision
 from guard_training.corpus import Row
 from guard_training.export import export
 from guard_training.lexicon import Lexicon
-from guard_training.mixture import Case, dialogue_case, pair_case, picture_case, text_case
+from guard_training.mixture import Case, dialogue_case, guessed_case, pair_case, picture_case, text_case
 from guard_training.model import build_model, image_processor, start_embeddings
 from guard_training.recipe import Recipe, default_recipe, read_recipe
 from guard_training.sft import (
@@ -32,7 +33,7 @@ from guard_training.teacher import PHRASES, Judged, Kind, joined, teach
 from guard_training.tokenizer import train_tokenizer
 
 WORDS = ["how do I pick a lock", "how do I bake bread", "what is the weather", "tell me about locks", "None of it"]
-LEXICON = Lexicon({"lock": 1.0, "bread": -1.0})
+LEXICON = Lexicon({"lock": 1.0, "bread": -1.0}, {"lock": 1.0, "bread": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,32 @@ def test_joining_makes_harmful_if_either_is() -> None:
     for _ in range(300):
         judged = text_case(row, others, 60, rng).judged  # type: ignore[arg-type]
         assert (judged.request == "harmful") == ("steal a car" in judged.words.lower())
+
+
+def test_the_operating_point_moves_by_what_was_asked(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trainer = _trainer(tokenizer, recipe, tmp_path, _examples(tokenizer, recipe, tmp_path))
+    rows = [trainer.train_dataset[n] for n in range(16)]
+    risky, ordinary = (tokenizer.convert_tokens_to_ids(phrase) for phrase in ("risky words in ", "ordinary words in "))
+
+    def margins() -> torch.Tensor:
+        batch = trainer.data_collator(rows)
+        with torch.no_grad():
+            hidden = trainer.hidden(trainer.model, batch)[:, :-1]
+            logits = trainer.model.lm_head(hidden)
+        at = torch.isin(batch["labels"][:, -hidden.shape[1] :], torch.tensor([risky, ordinary]))
+        return (logits[..., risky] - logits[..., ordinary])[at]
+
+    before = margins()
+    spread = shift_decision(trainer, rows, trainer.data_collator, harmful=risky, unharmful=ordinary, shift=-2.0)
+    assert spread < 0.2
+    assert (margins() - before).mean().item() == pytest.approx(-2.0, abs=0.3)
+
+
+def test_a_guess_is_the_lexicons_and_is_balanced_where_the_words_allow() -> None:
+    rng = random.Random(3)
+    texts = ["how do I pick the lock of a door", "how do I bake the bread of my aunt"]
+    wanted = ["harmful", "unharmful"] * 20
+    judged = [guessed_case(texts, LEXICON, 0.0, label, rng).judged for label in wanted]  # type: ignore[arg-type]
+    assert [case.request for case in judged] == wanted
+    assert all((LEXICON.score(case.words) > 0) == (case.request == "harmful") for case in judged)
+    assert guessed_case(texts[1:], LEXICON, 0.0, "harmful", rng).judged.request == "unharmful"

@@ -9,7 +9,8 @@ from guard_middleware.types import Label
 from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.teacher import Judged, Kind, external, joined, read_rationales, teach, topic
 
-LEXICON = Lexicon({"lock": 1.0, "pick": 2.0, "bread": -2.0, "sorry": -1.0})
+_ODDS = {"lock": 1.0, "pick": 2.0, "bread": -2.0, "sorry": -1.0}
+LEXICON = Lexicon(_ODDS, dict.fromkeys(_ODDS, 1.0))
 
 
 @pytest.mark.parametrize("request_label", ["harmful", "unharmful"])
@@ -89,8 +90,12 @@ def test_log_odds_tell_the_words_apart() -> None:
     texts = ["pick the lock", "break the lock", "bake the bread", "slice the bread"] * 5
     harmful = [True, True, False, False] * 5
     lexicon = word_lexicon(texts, ["s"] * 20, harmful, least=2, steps=60, penalty=1e-4)
-    assert lexicon.score("the lock") > 0 > lexicon.score("the bread")
+    assert lexicon.score("the lock") > 0.5 > -0.5 > lexicon.score("the bread")
     assert abs(lexicon.weights["the"]) < 0.2
-    again = fit_log_odds([[1], [2]], [True, False], [0.5, 0.5], 3, steps=20, penalty=1e-4)
-    assert again[1] > 0 > again[2]
-    assert again[0] == 0
+    assert lexicon.rarity["the"] < lexicon.rarity["lock"]
+    assert abs(lexicon.score("unknown")) < 0.2
+    odds, rarity, bias = fit_log_odds([[1], [2]], [True, False], [0.5, 0.5], 3, steps=20, penalty=1e-4)
+    assert odds[1] > 0 > odds[2]
+    assert odds[0] == 0
+    assert rarity[0] > rarity[1]
+    assert bias == pytest.approx(0.0, abs=0.1)

@@ -13,6 +13,9 @@ from rich.console import Console
 from guard_training.corpus import CorpusError
 from guard_training.recipe import RecipeError
 
+#: Columns of a table that goes to a file or a pipe.
+_WIDTH = 150
+
 _NANO = """\
 Makes nano, the small guard, from labelled data: draws typographic images and reads them, trains a tokenizer,
 writes the reasoning with the deterministic teacher, and trains a Qwen2.5-VL-architecture model from scratch
@@ -100,7 +103,7 @@ def _nano(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     from guard_training.evaluate import WorkerFailed, evaluate, write_json
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     try:
         summary = evaluate(given.data, given.model, limit=given.limit, concurrency=given.concurrency, console=console)
     except WorkerFailed as error:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_middleware.errors import GuardError
+from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import Blob, Conversation, Message, Part, Text, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, decode_answer, encode_request
 from guard_training.corpus import Row, read_rows
@@ -89,9 +89,11 @@ def _wait(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 break
-            with contextlib.suppress(httpx.TransportError):
-                if client.get("/ready").status_code == 200:
-                    return
+            # httpx leaks a socket for each attempt at a path where nobody listens yet.
+            if Path(socket).exists():
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/ready").status_code == 200:
+                        return
             time.sleep(0.2)
     raise WorkerFailed(f"the worker did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
@@ -150,12 +152,13 @@ def summarise(asked: Sequence[Asked], model: str) -> dict[str, Any]:
             groups[one.row.source, "response"].append((one.row.response_label == "harmful", called))
     verdicts = [one.outcome for one in asked if isinstance(one.outcome, Verdict)]
     errors = Counter(one.outcome.kind.value for one in asked if isinstance(one.outcome, GuardError))
+    formless = errors[GuardErrorKind.UNPARSEABLE.value] + errors[GuardErrorKind.TRUNCATED.value]
     reasoning = [verdict.usage.reasoning for verdict in verdicts]
     return {
         "model": verdicts[0].model if verdicts else model,
         "revision": verdicts[0].revision if verdicts else None,
         "rows": len(asked),
-        "format_compliance": _rate(Rate(len(asked) - errors["unparseable"], len(asked))),
+        "format_compliance": _rate(Rate(len(asked) - formless, len(asked))),
         "errors": dict(errors),
         "mean_reasoning_tokens": sum(reasoning) / len(reasoning) if reasoning else None,
         "seconds": {

@@ -56,6 +56,7 @@ def export(
         "max_new_tokens": recipe.max_new_tokens,
         "min_pixels": 4 * area,
         "max_pixels": recipe.image_tokens * area,
+        "quote_marks": "«»",
     }
     (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -39,19 +39,21 @@ def fit_log_odds(
     *,
     steps: int,
     penalty: float,
-) -> Tensor:
-    """Coefficients (``size``,) of a ridge logistic regression on which ids a text holds (length-normalised).
+) -> tuple[Tensor, Tensor, float]:
+    """A ridge logistic regression on which ids (below ``size``) a text holds, rare ids weighing more (TF-IDF).
 
-    ``texts`` are ids below ``size``; full-batch Adam, so deterministic.
+    Returns the log-odds and the rarity (inverse document frequency) of every id, both (``size``,), and the bias. A
+    text's logit is the sum of odds times rarity over its distinct ids, divided by the norm of their rarities, plus
+    the bias. Full-batch Adam, so deterministic.
     """
     unique = [sorted(set(ids)) for ids in texts]
     columns = torch.tensor([id for ids in unique for id in ids])
-    lengths = torch.tensor([len(ids) for ids in unique])
-    rows = torch.repeat_interleave(torch.arange(len(unique)), lengths)
-    values = torch.repeat_interleave(lengths.clamp(min=1).float() ** -0.5, lengths)
-    seen = torch.sparse_coo_tensor(
-        torch.stack((rows, columns)), values, (len(unique), size), check_invariants=True
-    ).coalesce()
+    rows = torch.repeat_interleave(torch.arange(len(unique)), torch.tensor([len(ids) for ids in unique]))
+    rarity = torch.log((1 + len(unique)) / (1 + torch.bincount(columns, minlength=size))) + 1
+    norms = torch.zeros(len(unique)).index_add_(0, rows, rarity[columns].square()).sqrt().clamp(min=1e-6)
+    values = rarity[columns] / norms[rows]
+    seen = torch.sparse_coo_tensor(torch.stack((rows, columns)), values, (len(unique), size), check_invariants=True)
+    seen = seen.coalesce()
     transposed = seen.t().coalesce()
     target, weight = torch.tensor(harmful, dtype=torch.float32), torch.tensor(weights)
     odds, bias = torch.zeros(size), torch.zeros(1)
@@ -61,19 +63,25 @@ def fit_log_odds(
         odds.grad = (transposed @ error[:, None])[:, 0] + 2 * penalty * odds
         bias.grad = error.sum()[None]
         optimizer.step()
-    return odds
+    return odds, rarity, float(bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Log-odds of harm by lower-cased word; positive speaks for harm."""
+    """Log-odds of harm and rarity by lower-cased word; positive odds speak for harm."""
 
     weights: dict[str, float]
+    rarity: dict[str, float]
+    bias: float = 0.0
 
     def score(self, text: str) -> float:
-        """Summed weight of the distinct words, divided by the square root of their number."""
-        words = {word.lower() for word in WORD.findall(text)}
-        return sum(self.weights.get(word, 0.0) for word in words) / max(len(words), 1) ** 0.5
+        """The logit of harm."""
+        known = {word for word in (found.lower() for found in WORD.findall(text)) if word in self.weights}
+        norm = sum(self.rarity[word] ** 2 for word in known) ** 0.5
+        return sum(self.weights[word] * self.rarity[word] for word in known) / max(norm, 1.0) + self.bias
+
+    def _weight(self, word: str) -> float:
+        return self.weights.get(word, 0.0) * self.rarity.get(word, 0.0)
 
     def quote(self, text: str, label: Label, *, longest: int = 4) -> str:
         """The stretch of at most ``longest`` words of ``text`` that speaks most for ``label``, lower-cased.
@@ -82,7 +90,7 @@ class Lexicon:
         """
         sign = 1.0 if label == "harmful" else -1.0
         found = list(WORD.finditer(text))
-        values = [sign * self.weights.get(match.group().lower(), 0.0) - _PER_WORD for match in found]
+        values = [sign * self._weight(match.group().lower()) - _PER_WORD for match in found]
         best, span = float("-inf"), (0, 0)
         for start in range(len(found)):
             total = 0.0
@@ -106,7 +114,7 @@ def word_lexicon(
     counts = Counter(word for words in split for word in set(words))
     ids = {word: number for number, (word, n) in enumerate(sorted(counts.items()), 1) if n >= least}
     ids = {word: number for number, word in enumerate(sorted(ids), 1)}
-    odds = fit_log_odds(
+    odds, rarity, bias = fit_log_odds(
         [[ids[word] for word in words if word in ids] for words in split],
         harmful,
         balance(sources, harmful),
@@ -114,4 +122,8 @@ def word_lexicon(
         steps=steps,
         penalty=penalty,
     )
-    return Lexicon({word: float(odds[number]) for word, number in ids.items()})
+    return Lexicon(
+        {word: float(odds[number]) for word, number in ids.items()},
+        {word: float(rarity[number]) for word, number in ids.items()},
+        bias,
+    )

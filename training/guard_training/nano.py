@@ -23,7 +23,7 @@ from guard_training.corpus import Row, held_out, passages, read_rows, unique_pro
 from guard_training.drawn import DrawnText, Read
 from guard_training.export import export, last_checkpoint, shape, write_held_out
 from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
-from guard_training.mixture import Case, dialogue_case, draw, pair_case, picture_case, text_case
+from guard_training.mixture import Case, dialogue_case, draw, guessed_case, pair_case, picture_case, text_case
 from guard_training.model import build_model, image_processor, start_embeddings
 from guard_training.pictures import typographic
 from guard_training.recipe import Recipe
@@ -70,12 +70,15 @@ def load_rows(data: Path, recipe: Recipe) -> Rows:
 
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
-    texts = [row.prompt[:1500] for row in rows.prompts] + [row.response[:1500] for row in rows.pairs if row.response]
-    sources = [row.source for row in rows.prompts] + [f"{row.source} answers" for row in rows.pairs]
-    harmful = [row.request == "harmful" for row in rows.prompts] + [
-        row.response_label == "harmful" for row in rows.pairs
-    ]
-    return word_lexicon(texts, sources, harmful, least=3, steps=recipe.odds_steps, penalty=recipe.odds_penalty)
+    """The words of harmful and of unharmful prompts."""
+    return word_lexicon(
+        [row.prompt[:1500] for row in rows.prompts],
+        [row.source for row in rows.prompts],
+        [row.request == "harmful" for row in rows.prompts],
+        least=2,
+        steps=recipe.odds_steps,
+        penalty=recipe.odds_penalty,
+    )
 
 
 def make_tokenizer(rows: Rows, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -89,7 +92,7 @@ def make_model(rows: Rows, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -
     encoder = PromptEncoder(tokenizer)
     ids = [encoder.plain(row.prompt[:1500]) for row in rows.prompts]
     harmful = [row.request == "harmful" for row in rows.prompts]
-    odds = fit_log_odds(
+    odds, rarity, _ = fit_log_odds(
         ids,
         harmful,
         balance([row.source for row in rows.prompts], harmful),
@@ -98,11 +101,13 @@ def make_model(rows: Rows, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -
         penalty=recipe.odds_penalty,
     )
     answers = [encoder.plain((row.response or "")[:1000]) for row in rows.pairs]
-    start_embeddings(model, ids + answers, odds, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
+    start_embeddings(model, ids + answers, odds * rarity, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
     return model
 
 
-def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, recipe: Recipe) -> list[Case]:
+def make_cases(
+    rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, lexicon: Lexicon, recipe: Recipe
+) -> list[Case]:
     """The stream of cases, in order of drawing."""
     rng = random.Random(recipe.seed)
     by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
@@ -124,6 +129,11 @@ def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, re
     cases += [
         pair_case(_mixed(row, by_label, rng), words, rng) for row in _pairs(rows.pairs, recipe, wanted["pair"], rng)
     ]
+    texts = [row.prompt for row in (*rows.prompts, *rows.pairs) if row.prompt]
+    texts += [row.response for row in rows.pairs if row.response]
+    for number in range(wanted["guessed"]):
+        label: Label = "harmful" if number % 2 else "unharmful"
+        cases.append(guessed_case(texts, lexicon, recipe.guess_bias, label, rng))
     pictures = [*typographic_rows, *rows.pictures]
     shares = {"typographic": 6.0}
     for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
@@ -201,7 +211,7 @@ def train_nano(
         for path in paths:
             drawn(path.read_bytes())
             progress.advance(task)
-        cases = make_cases(rows, pictures, drawn, recipe)
+        cases = make_cases(rows, pictures, drawn, lexicon, recipe)
         examples = in_batches(
             encode_cases(cases, drawn, lexicon, tokenizer, recipe, rationales, progress), recipe.batch, recipe.seed
         )

@@ -30,6 +30,7 @@ class Recipe:
     harmful_share: float
     source_shares: dict[str, float]
     kind_shares: dict[str, float]
+    guess_bias: float
     prompt_words: int
     images: int
     held_out_images: int

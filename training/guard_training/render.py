@@ -87,11 +87,17 @@ def _colours(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, 
     return ink, paper  # type: ignore[return-value]
 
 
+def deed(text: str) -> str | None:
+    """What a question asks how to do (``how do I pick a lock?`` is ``pick a lock``); None for other texts."""
+    found = _HOW_TO.search(text)
+    return found.group(1).rstrip(" ?.!") if found else None
+
+
 def list_title(text: str, rng: random.Random) -> str:
     """A request as the title of a list, as FigStep draws it: ``how do I pick a lock`` is ``Steps to pick a lock.``"""
-    found = _HOW_TO.search(text)
-    if found:
-        return f"{rng.choice(_TITLES)} {found.group(1).rstrip(' ?.!')}."
+    asked = deed(text)
+    if asked:
+        return f"{rng.choice(_TITLES)} {asked}."
     return _FILLER.sub("", text).rstrip(" ?.!")[:200].capitalize() + "."
 
 

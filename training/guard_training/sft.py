@@ -131,7 +131,7 @@ class GuardSFTTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy of the labelled tokens, weighted."""
-        hidden = self._hidden(model, inputs)
+        hidden = self.hidden(model, inputs)
         labels = inputs["labels"][:, self._opening.shape[1] + 1 :]
         weights = inputs["loss_weights"][:, self._opening.shape[1] + 1 :]
         chosen = labels != IGNORED
@@ -146,7 +146,8 @@ class GuardSFTTrainer(SFTTrainer):
                 self._metrics["train" if model.training else "eval"]["decision_accuracy"].append(right.mean().item())
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _hidden(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def hidden(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states (rows, tokens after the opening, hidden)."""
         ids, core, start = inputs["input_ids"], model.model, self._opening.shape[1]
         if not bool((ids[:, :start] == self._opening).all()):
             raise ValueError("a row does not begin with the shared opening")
