@@ -27,7 +27,7 @@ from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.guard.parse import END_RESULT, END_THINK
 from guard_middleware.guard.prompt import PromptEncoder, expand_images
 from guard_middleware.worker.engine import Generation, GuardPrompt
-from guard_middleware.worker.quotes import Quotes
+from guard_middleware.worker.guide import Guide
 from guard_middleware.worker.weights import ModelFacts, Weights
 
 #: Tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token.
@@ -83,8 +83,12 @@ class TransformersEngine:
         self._harmful, self._unharmful = (self._encoder.plain(f" {label}")[0] for label in ("harmful", "unharmful"))
         if self._harmful == self._unharmful:
             raise ConfigError("the labels begin with the same token", path=str(weights.folder))
-        marks = self.facts.quote_marks
-        self._quotes = Quotes(self._tokenizer, marks) if marks else None
+        self._guide = Guide(
+            self._tokenizer,
+            marks=self.facts.quote_marks,
+            answered_only=self.facts.answered_only,
+            unanswered_only=self.facts.unanswered_only,
+        )
         eos = self._model.generation_config.eos_token_id
         self._ends = {self._encoder.im_end, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}
 
@@ -152,7 +156,10 @@ class TransformersEngine:
         alive, done = list(rows), []
         while True:
             logits = self._model.lm_head(hidden[:, -1])
-            tokens = [self._choose(row, scores) for row, scores in zip(alive, logits, strict=True)]
+            tokens = [
+                self._guide.choose(row.judged, row.written, row.prompt.answered, scores)
+                for row, scores in zip(alive, logits, strict=True)
+            ]
             for row, token, scores in zip(alive, tokens, logits, strict=True):
                 self._advance(row, token, scores)
             keep = [n for n, row in enumerate(alive) if row.finish is None and not cancelled(row.index)]
@@ -206,12 +213,6 @@ class TransformersEngine:
             **inputs,
         ).last_hidden_state
         return hidden, padded, positions.amax(dim=(0, 2)) + 1
-
-    def _choose(self, row: _Row, logits: torch.Tensor) -> int:
-        allowed = self._quotes.allowed(row.judged, row.written) if self._quotes and row.thought is None else None
-        if allowed is None:
-            return int(logits.argmax())
-        return allowed[int(logits[torch.tensor(allowed, device=self._device)].argmax())]
 
     def _advance(self, row: _Row, token: int, logits: torch.Tensor) -> None:
         if row.label is not None and row.label not in row.scores:
