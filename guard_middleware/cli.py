@@ -115,8 +115,10 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from guard_middleware import demo  # needs the `demo` extra: the openai SDK
-
+    try:
+        from guard_middleware import demo
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed", remedy="pip install 'guard-middleware[demo]'") from None
     return demo.run(
         upstream=arguments.upstream,
         upstream_model=arguments.upstream_model,
