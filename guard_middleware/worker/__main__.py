@@ -89,9 +89,9 @@ def _positive(text: str) -> int:
 
 async def load(options: argparse.Namespace, metrics: Metrics) -> GuardService:
     """The model and its reader on a thread (which may fetch the weights first), then one real verdict."""
-    engine, reader = await asyncio.to_thread(_build, options)
+    engine, reader, read_by_default = await asyncio.to_thread(_build, options)
     limits = ServiceLimits(BatchLimits(options.max_batch, options.max_queue, options.max_queue_tokens))
-    service = GuardService(engine, metrics, reader=reader, read_by_default=reader is not None, limits=limits)
+    service = GuardService(engine, metrics, reader=reader, read_by_default=read_by_default, limits=limits)
     try:
         await service.warm_up()
     except BaseException:
@@ -100,20 +100,28 @@ async def load(options: argparse.Namespace, metrics: Metrics) -> GuardService:
     return service
 
 
-def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None]:
+def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, bool]:
     weights = resolve(options.model)
-    import torch
+    try:
+        import torch
 
-    from guard_middleware.worker.engine_transformers import TransformersEngine
-
+        from guard_middleware.worker.engine_transformers import TransformersEngine
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'guard-middleware[worker,ocr]'"
+        raise ConfigError(f"the worker needs {error.name}, which is not installed", remedy=remedy) from None
+    read_by_default = weights.facts.reader if options.reader is None else options.reader
     reader = None
-    if weights.facts.reader if options.reader is None else options.reader:
+    if options.reader is not False:  # a policy may ask for it where it is not the default
         from guard_middleware.guard.reader import Reader as DrawnTextReader
 
-        reader = DrawnTextReader()
+        try:
+            reader = DrawnTextReader()
+        except ConfigError:
+            if read_by_default:
+                raise
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return TransformersEngine(weights, max_batch=options.max_batch), reader
+    return TransformersEngine(weights, max_batch=options.max_batch), reader, read_by_default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
