@@ -204,7 +204,7 @@ def test_the_operating_point_moves_by_what_was_asked(tokenizer, recipe: Recipe, 
         return (logits[..., risky] - logits[..., ordinary])[at]
 
     before = margins()
-    spread = shift_decision(trainer, rows, trainer.data_collator, harmful=risky, unharmful=ordinary, shift=-2.0)
+    spread = shift_decision(trainer, harmful=risky, unharmful=ordinary, shift=-2.0)
     assert spread < 0.2
     assert (margins() - before).mean().item() == pytest.approx(-2.0, abs=0.3)
 

@@ -7,31 +7,27 @@ for every row. The embeddings move by a small part of their length, so what is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from guard_training.sft import Collator, GuardSFTTrainer
+from guard_training.sft import GuardSFTTrainer
 
 
-def shift_decision(
-    trainer: GuardSFTTrainer,
-    rows: Sequence[dict[str, Any]],
-    collator: Collator,
-    *,
-    harmful: int,
-    unharmful: int,
-    shift: float,
-) -> float:
+def shift_decision(trainer: GuardSFTTrainer, *, harmful: int, unharmful: int, shift: float, batches: int = 10) -> float:
     """Adds ``shift`` (in logits, negative for fewer harmful verdicts) to the margin of token ``harmful`` over
-    ``unharmful``; returns the spread of what was added over ``rows`` (standard deviation over mean)."""
+    ``unharmful``, in place.
+
+    The direction comes from the first ``batches`` batches of 32 training rows. Returns the spread of what was added
+    over them (standard deviation over mean).
+    """
     model: Any = trainer.model
+    rows: Any = trainer.train_dataset
     model.eval()
     with torch.no_grad():
         states = []
-        for start in range(0, len(rows), 32):
-            batch = collator(list(rows[start : start + 32]))
+        for start in range(0, min(len(rows), 32 * batches), 32):
+            batch = trainer.data_collator([rows[n] for n in range(start, min(start + 32, len(rows)))])
             hidden = trainer.hidden(model, batch)[:, :-1]
             labels = batch["labels"][:, -hidden.shape[1] :]
             states.append(hidden[torch.isin(labels, torch.tensor([harmful, unharmful]))])

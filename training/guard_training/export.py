@@ -16,6 +16,7 @@ from guard_training.model import Shape, image_processor
 from guard_training.pictures import typographic
 from guard_training.recipe import Recipe
 from guard_training.render import HELD_OUT_FONTS
+from guard_training.teacher import ANSWERED_ONLY, UNANSWERED_ONLY
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -57,6 +58,8 @@ def export(
         "min_pixels": 4 * area,
         "max_pixels": recipe.image_tokens * area,
         "quote_marks": "«»",
+        "answered_only": list(ANSWERED_ONLY),
+        "unanswered_only": list(UNANSWERED_ONLY),
     }
     (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
+from guard_training.calibrate import shift_decision
 from guard_training.corpus import Row, held_out, passages, read_rows, unique_prompts
 from guard_training.drawn import DrawnText, Read
 from guard_training.export import export, last_checkpoint, shape, write_held_out
@@ -241,4 +242,6 @@ def train_nano(
     if stop_after:
         trainer.add_callback(StopAfter(stop_after))
     trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
+    if recipe.decision_shift:
+        shift_decision(trainer, harmful=decisions[0], unharmful=decisions[1], shift=recipe.decision_shift)
     return export(trainer.model, tokenizer, output / "model", recipe)

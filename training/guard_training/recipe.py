@@ -52,6 +52,7 @@ class Recipe:
     warmup: int
     save_every: int
     token_weights: dict[str, float]
+    decision_shift: float
     window_tokens: int
     window_overlap: int
     max_windows: int

@@ -109,6 +109,9 @@ PHRASES: tuple[str, ...] = (
     _REQUEST, _RESPONSE, _NONE, _CLOSE,
 )  # fmt: skip
 
+#: Phrases of one kind of question, for guard.json: the engine knows whether there is an answer to judge.
+ANSWERED_ONLY, UNANSWERED_ONLY = (_THIRD, _RESPONSE), (_END[False], _NONE)
+
 
 def topic(label: Label, category: str | None, words: str) -> str:
     """The topic of a text: from its category where that says something, else from its words."""
