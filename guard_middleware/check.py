@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.limits import Limits
 from guard_middleware.media import canonicalise
+from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.types import Blob, Conversation, Message, Part, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
 
@@ -50,22 +51,30 @@ async def worker(model: str, *, url: str | None = None, threads: int | None = No
             await process.stop()
 
 
-def rows(lines: TextIO, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; raises ``ConfigError`` with the line of a row that is not one."""
+def rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file; raises ``ConfigError`` with the line of a row that is not one.
+
+    A row without an ``id`` gets the number of its line.
+    """
+    remedy = 'a row looks like {"id": "1", "prompt": "...", "response": null, "image": "picture.png"}'
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        remedy = 'a row looks like {"id": "1", "prompt": "...", "response": null, "image": "picture.png"}'
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise ConfigError("not JSON", path=name, line=number, remedy=remedy) from None
+            row = loads(line)
+        except StrictJSONError:
+            raise ConfigError(
+                "not JSON (in UTF-8, without NaN, each key once)", path=name, line=number, remedy=remedy
+            ) from None
         text = ("prompt", "response", "image")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str | None) for key in text):
             raise ConfigError("not a row of strings", path=name, line=number, remedy=remedy)
         if not (row.get("prompt") or row.get("image")):
             raise ConfigError("a row without prompt and image", path=name, line=number, remedy=remedy)
-        yield {**row, "id": str(row.get("id", number))}
+        id = number if row.get("id") is None else row["id"]
+        if not isinstance(id, str | int):
+            raise ConfigError("an id that is neither text nor a number", path=name, line=number, remedy=remedy)
+        yield {**row, "id": str(id)}
 
 
 async def judge(client: GuardClient, row: dict[str, Any], *, base: Path, deadline: float) -> Verdict | GuardError:
@@ -130,13 +139,14 @@ async def check_rows(
                 return await judge(client, row, base=base, deadline=deadline)
 
         columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("judging", total=len(source))
             tasks = [asyncio.create_task(one(row)) for row in source]
             for row, task in zip(source, tasks, strict=True):
                 outcome = await task
                 errors += isinstance(outcome, GuardError)
-                out.write(json.dumps(line(row["id"], outcome), ensure_ascii=False) + "\n")
+                out.write(json.dumps(line(row["id"], outcome)) + "\n")
                 out.flush()
                 progress.advance(bar)
     return errors

@@ -143,9 +143,9 @@ def _check(arguments: argparse.Namespace) -> int:
         check.show(Console(), outcome)
         return int(isinstance(outcome, GuardError))
     if arguments.file == "-":
-        rows, base = list(check.rows(sys.stdin, "-")), Path()
+        rows, base = list(check.rows(sys.stdin.buffer, "-")), Path()
     else:
-        with open(arguments.file, encoding="utf-8") as lines:
+        with open(arguments.file, "rb") as lines:
             rows, base = list(check.rows(lines, arguments.file)), Path(arguments.file).parent
     errors = asyncio.run(
         check.check_rows(rows, sys.stdout, base=base, model=arguments.model, deadline=arguments.deadline, **options)

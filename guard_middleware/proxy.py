@@ -94,15 +94,17 @@ def server(app: Starlette, host: str, port: int, *, on_ready: Callable[[str], No
 
 def _bind(host: str, port: int) -> socket.socket:
     """A socket that is bound and does not listen yet, so that clients are refused rather than kept waiting."""
+    if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
+        raise ConfigError(f"there is no port {port}", remedy="give a --port from 1 to 65535, or 0 for any free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port} ({error})", remedy="give another --host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
         raise ConfigError(
             f"cannot listen on {host} port {port} ({error})", remedy="give another --port, or 0 for any free one"
