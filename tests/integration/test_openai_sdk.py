@@ -29,6 +29,11 @@ class Weather(BaseModel):
     city: str
 
 
+def _client(kind: Any, http: Any, base: str) -> Any:
+    """The SDK as it comes, but for the certificates, whose loading would be most of a test's time."""
+    return kind(api_key=KEY, base_url=base, http_client=http(verify=False))
+
+
 class Sdk:
     """One way to call the SDK: ``create``, ``raw``, ``stream``, ``helper`` or ``parse``, sync or async."""
 
@@ -42,11 +47,11 @@ class Sdk:
         if self.asynchronous:
 
             async def run() -> Any:
-                async with openai.AsyncOpenAI(api_key=KEY, base_url=base) as client:
+                async with _client(openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient, base) as client:
                     return await self._async(client, arguments)
 
             return asyncio.run(run())
-        with openai.OpenAI(api_key=KEY, base_url=base) as client:
+        with _client(openai.OpenAI, openai.DefaultHttpxClient, base) as client:
             return self._sync(client, arguments)
 
     def _sync(self, client: openai.OpenAI, arguments: dict[str, Any]) -> Any:
