@@ -102,6 +102,8 @@ ROLES: Final[dict[str, Table]] = {
         "tool_calls": Rule.NESTED,
         # vendors
         "annotations": Rule.NESTED,  # clients send back the message they got
+        "partial": Rule.SCALAR,  # with prefix: vendors' switch to continue this message
+        "prefix": Rule.SCALAR,
         "reasoning": Rule.TEXT,
         "reasoning_content": Rule.TEXT,
     },

@@ -1,7 +1,8 @@
 """A Chat Completions request, read into a Conversation and a body that holds nothing else.
 
 Everything that can reach the model is moderated: messages of every role, names, refusals, reasoning, tool calls
-and their results, tool definitions, output schemas, predictions, stop strings. What it must not be able to say
+and their results, tool definitions, output schemas, predictions, stop strings, and the names of unknown fields in
+them, for chat templates print whole tools and calls. What it must not be able to say
 (``chat_fields`` has every field) is refused. Ids of tool calls are the one thing that chat templates show the
 model and no guard reads, so they are renamed consistently (``call00001``, ...) in what is sent on.
 
@@ -146,7 +147,7 @@ class _Reader:
                 if table is None:
                     raise unsupported_content(f"{where}.type", "this type of tool cannot be moderated")
                 as_object(source.get(str(source["type"])), f"{where}.{source['type']}")
-                admitted = admit(table, source, where, self.options)
+                admitted = admit(table, source, where, self.options, printed=True)
                 definitions += [Definition(kind, text) for text in (admitted.texts | admitted.extras).values()]
                 kept.append(admitted.kept)
             else:
@@ -172,7 +173,7 @@ class _Reader:
         table = ROLES.get(role)
         if table is None:
             raise unsupported_content(f"{where}.role", "is not a role of this API")
-        admitted = admit(table, source, where, self.options)
+        admitted = admit(table, source, where, self.options, printed=True)
         kept, texts = admitted.kept, admitted.texts
         parts: list[Part] = [Reasoning(text) for text in _reasoning(admitted)]
 
@@ -191,14 +192,16 @@ class _Reader:
             parts.append(Text(texts["refusal"]))
         if role == "assistant":
             if (annotations := source.get("annotations")) is not None:
-                kept["annotations"], found = read_annotations(annotations, f"{where}.annotations", self.options)
+                kept["annotations"], found = read_annotations(
+                    annotations, f"{where}.annotations", self.options, printed=True
+                )
                 parts += found
             if (calls := source.get("tool_calls")) is not None:
                 kept["tool_calls"], asked = self.tool_calls(calls, f"{where}.tool_calls")
                 parts += asked
             if (call := source.get("function_call")) is not None:
                 kept["function_call"], name, arguments, extra = read_named(
-                    CALL["function"], call, f"{where}.function_call", self.options
+                    CALL["function"], call, f"{where}.function_call", self.options, printed=True
                 )
                 parts += [ToolCall("", name, arguments), *extra]
         parts += [Text(text) for text in admitted.extras.values()]
@@ -227,14 +230,14 @@ class _Reader:
         table = PARTS.get(kind)
         if table is None or kind not in ROLE_PARTS[role]:
             raise unsupported_content(f"{where}.type", "this type of content cannot be moderated here")
-        admitted = admit(table, source, where, self.options)
+        admitted = admit(table, source, where, self.options, printed=True)
         extras: list[Part] = [Text(text) for text in admitted.extras.values()]
         if kind != "image_url":
             if kind not in admitted.texts:
                 raise invalid(f"{where}.{kind}", "must be a string")
             return admitted.kept, [Text(admitted.texts[kind]), *extras]
         image = as_object(source.get("image_url"), f"{where}.image_url")
-        inner = admit(IMAGE_URL, image, f"{where}.image_url", self.options)
+        inner = admit(IMAGE_URL, image, f"{where}.image_url", self.options, printed=True)
         uri = as_str(image.get("url"), f"{where}.image_url.url")
         if len(self.sites) >= self.limits.images:
             raise FieldError(RejectKind.TOO_MANY_IMAGES, where, f"more than {self.limits.images} images")
@@ -253,9 +256,11 @@ class _Reader:
             table = TOOL_CALLS.get(kind)
             if table is None:
                 raise unsupported_content(f"{where}.type", "this type of tool call cannot be moderated")
-            admitted = admit(table, source, where, self.options)
+            admitted = admit(table, source, where, self.options, printed=True)
             id = self.id(source.get("id"), f"{where}.id")
-            inner, name, arguments, extra = read_named(CALL[kind], source.get(kind), f"{where}.{kind}", self.options)
+            inner, name, arguments, extra = read_named(
+                CALL[kind], source.get(kind), f"{where}.{kind}", self.options, printed=True
+            )
             kept.append(in_order(source, admitted.kept | {"id": id, kind: inner}))
             parts += [ToolCall(id, name, arguments), *extra, *(Text(text) for text in admitted.extras.values())]
         return kept, parts

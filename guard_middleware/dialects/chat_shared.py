@@ -12,17 +12,19 @@ _ANNOTATIONS = 1024
 
 
 def read_named(
-    table: Table, value: JSONValue, path: str, options: Options
+    table: Table, value: JSONValue, path: str, options: Options, *, printed: bool = False
 ) -> tuple[dict[str, JSONValue], str, str, list[Part]]:
     """(what is kept, name, arguments or input, operator-named extras) of the inner object of a whole call."""
-    admitted = admit(table, value, path, options)
+    admitted = admit(table, value, path, options, printed=printed)
     name, arguments = (admitted.texts.get(key) for key in table)
     if name is None or arguments is None:
         raise invalid(path, "must have a name and arguments, both strings")
     return admitted.kept, name, arguments, [Text(text) for text in admitted.extras.values()]
 
 
-def read_annotations(value: JSONValue, path: str, options: Options) -> tuple[list[JSONValue], list[Part]]:
+def read_annotations(
+    value: JSONValue, path: str, options: Options, *, printed: bool = False
+) -> tuple[list[JSONValue], list[Part]]:
     """Citations: titles and addresses are text that the reader sees."""
     kept: list[JSONValue] = []
     parts: list[Part] = []
@@ -31,8 +33,8 @@ def read_annotations(value: JSONValue, path: str, options: Options) -> tuple[lis
         source = as_object(item, where)
         if source.get("type") != "url_citation":
             raise unsupported_content(f"{where}.type", "this type of annotation cannot be moderated")
-        outer = admit(ANNOTATION, source, where, options)
-        inner = admit(URL_CITATION, source.get("url_citation"), f"{where}.url_citation", options)
+        outer = admit(ANNOTATION, source, where, options, printed=printed)
+        inner = admit(URL_CITATION, source.get("url_citation"), f"{where}.url_citation", options, printed=printed)
         kept.append(in_order(source, outer.kept | {"url_citation": inner.kept}))
         texts = [*inner.texts.values(), *inner.extras.values(), *outer.extras.values()]
         parts += [Text(text) for text in texts if text]

@@ -3,7 +3,8 @@
 A dialect declares tables of ``name -> Rule``; ``admit`` applies one table to one JSON object and hands back
 what may be sent on, apart from what must first be read. A field outside the table passes only as a number, a
 boolean or null, unless the operator named it. Names count as content too: an unknown name must be a short
-token, must not be a case variant of a known one (lenient upstreams would read it), and must not name guards.
+token, must not be a case variant of a known one (lenient upstreams would read it), and must not name guards. In
+what chat templates may print whole (``printed``: tools, messages, parts, calls) the guard reads unknown names too.
 
 Refuses (with ``FieldError``): unknown fields that can carry text, values of the wrong JSON type, over-long or
 oddly spelled tokens and identifiers, switches whose effect cannot be screened.
@@ -131,13 +132,17 @@ def in_order(source: Mapping[str, JSONValue], kept: dict[str, JSONValue]) -> dic
     return {name: kept[name] for name in source if name in kept}
 
 
-def admit(table: Table, value: JSONValue, path: str, options: Options) -> Admitted:
-    """Apply ``table`` to the object ``value``; raises ``FieldError``."""
+def admit(table: Table, value: JSONValue, path: str, options: Options, *, printed: bool = False) -> Admitted:
+    """Apply ``table`` to the object ``value``; raises ``FieldError``.
+
+    ``printed`` objects may stand in a prompt with all their keys: an unknown name is read with its value, or is
+    left out with its null.
+    """
     result = Admitted()
     for name, item in as_object(value, path).items():
         rule = table.get(name)
         if rule is None:
-            _unknown(table, name, item, join(path, name), options, result)
+            _unknown(table, name, item, join(path, name), options, result, printed)
             continue
         where = f"{path}.{name}" if path else name  # not join: what a table names is fit to be shown
         if item is None and rule is not Rule.NESTED:
@@ -153,13 +158,19 @@ def admit(table: Table, value: JSONValue, path: str, options: Options) -> Admitt
     return result
 
 
-def _unknown(table: Table, name: str, item: JSONValue, where: str, options: Options, result: Admitted) -> None:
+def _unknown(
+    table: Table, name: str, item: JSONValue, where: str, options: Options, result: Admitted, printed: bool
+) -> None:
     said = options.extra_fields.get(name)
     if said is None:
         if not _NAME.fullmatch(name) or name.casefold().replace("-", "_") in table or _GUARD.search(name):
             raise unsupported_field(where, "is not a field of this API")
         if not is_scalar(item):
             raise unsupported_field(where, "is unknown and can carry content, which could not be moderated")
+        if printed:
+            if item is None:
+                return
+            result.extras[name] = f"{name} {json_text(item)}"
     elif said == "moderated" and item is not None:
         result.extras[name] = json_text(item)
     result.kept[name] = item

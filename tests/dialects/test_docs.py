@@ -27,7 +27,8 @@ INTRO = """# Chat Completions, field by field
 
 Generated from `guard_middleware/dialects/chat_fields.py`; a test compares the tables with the types of the
 installed openai SDK, and this page with the tables. A field that stands in no table passes as a number, a boolean
-or null, and is refused otherwise, unless `dialects.chat_completions.extra_fields` names it.
+or null, and is refused otherwise, unless `dialects.chat_completions.extra_fields` names it. Inside a request's
+tools and messages the guard reads the names and values of such fields, because chat templates may print them.
 """
 
 
