@@ -17,7 +17,7 @@ REQUEST: Final[Table] = {
     "model": Rule.IDENTIFIER,
     "audio": Rule.REFUSED,  # audio output cannot be screened
     "frequency_penalty": Rule.SCALAR,
-    "function_call": Rule.WORDS,
+    "function_call": Rule.CHOICE,
     "functions": Rule.NESTED,
     "logit_bias": Rule.NUMBERS,
     "logprobs": Rule.OFF,  # returns the answer's tokens a second time
@@ -33,7 +33,7 @@ REQUEST: Final[Table] = {
     "prompt_cache_key": Rule.IDENTIFIER,
     "prompt_cache_options": Rule.WORDS,
     "prompt_cache_retention": Rule.WORD,
-    "reasoning_effort": Rule.WORD,
+    "reasoning_effort": Rule.CHOICE,  # templates print it
     "response_format": Rule.NESTED,
     "safety_identifier": Rule.IDENTIFIER,
     "seed": Rule.SCALAR,
@@ -43,12 +43,12 @@ REQUEST: Final[Table] = {
     "stream": Rule.NESTED,
     "stream_options": Rule.NUMBERS,
     "temperature": Rule.SCALAR,
-    "tool_choice": Rule.WORDS,
+    "tool_choice": Rule.CHOICE,
     "tools": Rule.NESTED,
     "top_logprobs": Rule.OFF,
     "top_p": Rule.SCALAR,
     "user": Rule.IDENTIFIER,
-    "verbosity": Rule.WORD,
+    "verbosity": Rule.CHOICE,
     "web_search_options": Rule.REFUSED,  # brings pages into the prompt that nobody screened
     # vendors
     "chat_template": Rule.REFUSED,

@@ -1,8 +1,8 @@
 """A Chat Completions request, read into a Conversation and a body that holds nothing else.
 
 Everything that can reach the model is moderated: messages of every role, names, refusals, reasoning, tool calls
-and their results, tool definitions, output schemas, predictions, stop strings, and the names of unknown fields in
-them, for chat templates print whole tools and calls. What it must not be able to say
+and their results, tool definitions, output schemas, predictions, stop strings, forced tools, and the names of
+unknown fields in them, for chat templates print whole tools and calls. What it must not be able to say
 (``chat_fields`` has every field) is refused. Ids of tool calls are the one thing that chat templates show the
 model and no guard reads, so they are renamed consistently (``call00001``, ...) in what is sent on.
 
@@ -33,6 +33,7 @@ from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
     Admitted,
     FieldError,
+    Rule,
     admit,
     as_list,
     as_object,
@@ -74,6 +75,8 @@ _ROLE: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
+#: words of options that need no reading
+_USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 _METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
 
@@ -109,6 +112,9 @@ class _Reader:
                 definitions.append(Definition("response_format", json_text(response_format)))
         definitions += [Definition(name, text) for name, text in admitted.texts.items()]
         definitions += [Definition(name, text) for name, text in admitted.extras.items()]
+        for name in (name for name, rule in REQUEST.items() if rule is Rule.CHOICE):
+            if (said := kept.get(name)) is not None and said not in _USUAL:
+                definitions.append(Definition(name, json_text(said)))
         if (stop := source.get("stop")) is not None:
             stops = [stop] if isinstance(stop, str) else as_list(stop, "stop", _STOPS)
             definitions += [Definition("stop", as_str(item, f"stop[{i}]")) for i, item in enumerate(stops)]

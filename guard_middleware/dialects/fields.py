@@ -30,7 +30,8 @@ class Rule(Enum):
     NESTED = "read by its own table or function; never passed as it came"
     SCALAR = "a number, a boolean or null"
     WORD = "a short word such as an enumeration's"
-    WORDS = "an object or list of nothing but short words, numbers and booleans"
+    WORDS = "an object or list of a few short words, numbers and booleans"
+    CHOICE = "a short word, or an object; the guard reads it unless it is one of the usual words"
     NUMBERS = "an object of numbers, at any depth; strings in it are dropped"
     IDENTIFIER = "an opaque printable string of bounded length without spaces, passed unread"
     OFF = "a switch that may only be off: its effect cannot be screened"
@@ -44,7 +45,7 @@ _WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _IDENTIFIER = re.compile(r"[!-~]{1,256}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
-_LEAVES = 2048
+_LEAVES = 32
 
 
 class FieldError(Exception):
@@ -193,6 +194,8 @@ def _constrained(rule: Rule, item: JSONValue, where: str) -> JSONValue:
         case Rule.WORDS:
             _only_words(item, where)
             return item
+        case Rule.CHOICE:
+            return as_word(item, where) if not isinstance(item, dict) else item
         case Rule.NUMBERS:
             return _numbers(as_object(item, where))
         case _:

@@ -17,6 +17,7 @@ CLASSES = {
     Rule.SCALAR: "constrained",
     Rule.WORD: "constrained",
     Rule.WORDS: "constrained",
+    Rule.CHOICE: "moderated",
     Rule.NUMBERS: "constrained",
     Rule.IDENTIFIER: "opaque",
     Rule.OFF: "refused",
