@@ -55,13 +55,22 @@ REQUEST: Final[Table] = {
     "chat_template_kwargs": Rule.REFUSED,
     "documents": Rule.REFUSED,
     "echo": Rule.OFF,
+    "enable_search": Rule.OFF,  # as web_search_options
     "mm_processor_kwargs": Rule.REFUSED,
+    "n_discard": Rule.REFUSED,  # the upstream would read less than the guard
+    "n_keep": Rule.REFUSED,
     "prompt_embeds": Rule.REFUSED,
     "prompt_logprobs": Rule.REFUSED,  # 0 asks for them too
     "return_hidden_states": Rule.OFF,
     "return_token_ids": Rule.OFF,
     "return_tokens_as_token_ids": Rule.OFF,
+    "truncate": Rule.OFF,
+    "truncate_prompt_tokens": Rule.REFUSED,
+    "web_search": Rule.OFF,
 }
+
+#: vendors' ways to have the upstream see an image at another size than the guard
+_RESIZING: Final[Table] = dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width"), Rule.REFUSED)
 
 #: content parts by ``type``; None refuses the whole part
 PARTS: Final[dict[str, Table | None]] = {
@@ -80,11 +89,12 @@ PARTS: Final[dict[str, Table | None]] = {
         # vendors
         "cache_control": Rule.WORDS,
         "uuid": Rule.REFUSED,  # vLLM answers it with an image cached from an earlier request
+        **_RESIZING,
     },
     "input_audio": None,
     "file": None,
 }
-IMAGE_URL: Final[Table] = {"url": Rule.NESTED, "detail": Rule.WORD}
+IMAGE_URL: Final[Table] = {"url": Rule.NESTED, "detail": Rule.WORD, **_RESIZING}
 
 _PLAIN: Final[Table] = {"role": Rule.WORD, "content": Rule.NESTED, "name": Rule.TEXT}
 #: messages by ``role``

@@ -41,6 +41,7 @@ from guard_middleware.dialects.fields import (
     as_word,
     in_order,
     invalid,
+    join,
     json_text,
     unsupported_content,
     unsupported_field,
@@ -75,10 +76,11 @@ _ROLE: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
+#: in the name of an option: it is about a guard, ours or the upstream's
+_GUARD = re.compile(r"guard|moderat|safe|content_?filter|jailbreak", re.IGNORECASE)
 #: words of options that need no reading
 _USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 _METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
 
 
 def parse_request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest:
@@ -98,6 +100,9 @@ class _Reader:
 
     def request(self, body: JSONValue) -> ParsedRequest:
         source = as_object(body, "")
+        for name in source.keys() - REQUEST.keys() - self.options.extra_fields.keys():
+            if _GUARD.search(name):
+                raise unsupported_field(join("", name), "cannot configure a guard")
         admitted = admit(REQUEST, source, "", self.options)
         kept = admitted.kept
         definitions: list[Definition] = []
