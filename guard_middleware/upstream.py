@@ -6,6 +6,8 @@ application is the in-process guard. The upstream's host comes from the operator
 
 from __future__ import annotations
 
+import asyncio
+import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,8 @@ class UpstreamApp:
         self._headers = {"accept-encoding": "identity"}
         self._headers |= {name.lower(): value for name, value in (headers or {}).items()}
         self._timeout = aiohttp.ClientTimeout(sock_connect=min(10.0, silence), sock_read=silence)
+        #: connecting, sending the body, and then the silence before the first byte
+        self._head_seconds = min(10.0, silence) + 2 * silence
         self._client: aiohttp.ClientSession | None = None
 
     async def aclose(self) -> None:
@@ -52,7 +56,8 @@ class UpstreamApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._client is None:  # it binds itself to the running loop
             self._client = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20.0),
+                # Before the other side hangs up on us: uvicorn's and node's servers wait for 5 s.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=_NOT_ADDED,
@@ -74,13 +79,17 @@ class UpstreamApp:
             *(pair for pair in headers if pair[0] not in self._headers and pair[0] != "host"),
         ]
         try:
-            async with self._client.request(
-                scope["method"],
-                URL(target, encoded=True),
-                headers=headers,
-                data=bytes(body) if body else None,
-                allow_redirects=False,
-            ) as response:
+            # aiohttp bounds the silence while it reads only: a server that does not read would never end
+            async with asyncio.timeout(self._head_seconds):
+                response = await self._client.request(
+                    scope["method"],
+                    URL(target, encoded=True),
+                    headers=headers,
+                    # aiohttp copies bytes at once, and warns of it, where they are more than this
+                    data=(bytes(body) or None) if len(body) <= 2**20 else io.BytesIO(body),
+                    allow_redirects=False,
+                )
+            async with response:
                 await send({"type": "http.response.start", "status": response.status, "headers": response.raw_headers})
                 async for chunk in response.content.iter_any():
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})

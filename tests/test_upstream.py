@@ -187,6 +187,31 @@ def test_silence_is_a_timeout(upstream: Upstream) -> None:
     assert caught.value.kind is UpstreamErrorKind.TIMEOUT
 
 
+def test_a_server_that_does_not_read_is_a_timeout() -> None:
+    """The body is larger than the sockets' buffers, so that sending it is what never ends."""
+
+    async def run(deaf: socket.socket) -> UpstreamErrorKind:
+        app = UpstreamApp(f"http://127.0.0.1:{deaf.getsockname()[1]}", silence=0.3)
+        with pytest.raises(UpstreamError) as caught:
+            await send(app, scope(), b" " * 16 * 1024 * 1024)
+        deaf.close()
+        await app.aclose()
+        await asyncio.sleep(0.1)  # the transport ends when the kernel says that its peer is gone
+        return caught.value.kind
+
+    assert asyncio.run(run(socket.create_server(("127.0.0.1", 0)))) is UpstreamErrorKind.TIMEOUT
+
+
+def test_a_large_body_goes_on_whole(upstream: Upstream) -> None:
+    large = json.dumps(chat("x" * 3_000_000)).encode()
+    (messages,) = ask(upstream.url, (scope(), large))
+    assert messages[0]["status"] == 200
+    seen = upstream.seen[-1]
+    assert seen.body == large
+    assert seen.header("content-length") == [str(len(large))]
+    assert seen.header("transfer-encoding") == []
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "guard-middleware.invalid"])
 def test_nobody_there_is_unreachable(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as reserved:
