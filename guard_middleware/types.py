@@ -33,7 +33,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that a model asks for. ``arguments`` is the text as it came, JSON or not."""
+    """A call that a model asks for. ``arguments`` is text, JSON or not, with JSON's ``\\uXXXX`` written out."""
 
     id: str
     name: str

@@ -29,7 +29,7 @@ from guard_middleware.dialects.chat_response import (
     spoken,
     upstream_error,
 )
-from guard_middleware.dialects.chat_shared import read_annotations
+from guard_middleware.dialects.chat_shared import arguments_text, read_annotations
 from guard_middleware.dialects.fields import (
     FieldError,
     admit,
@@ -59,7 +59,10 @@ class _Call:
     arguments: list[str] = field(default_factory=list)
 
     def part(self) -> ToolCall:
-        return ToolCall(self.id, "".join(self.name), "".join(self.arguments))
+        arguments = "".join(self.arguments)
+        return ToolCall(
+            self.id, "".join(self.name), arguments_text(arguments) if self.kind == "function" else arguments
+        )
 
 
 @dataclass(slots=True)

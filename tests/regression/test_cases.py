@@ -286,14 +286,16 @@ def _check_coverage(case: Case, seen: Seen, guard: TranscriptGuard) -> None:
 
 
 def unread(value: Any, transcripts: str) -> list[str]:
-    """Lines of prose in ``value`` that stand in no transcript, as they are or as JSON writes them."""
+    """Lines of prose in ``value`` that stand in no transcript: as they are, or as JSON writes or reads them."""
     lines = [line.strip() for leaf in leaves(value) if not leaf.startswith("data:") for line in leaf.splitlines()]
     prose = [line for line in lines if any(c.isspace() or ord(c) > 126 for c in line)]
-    return [
-        line
-        for line in prose
-        if line not in transcripts and json.dumps(line, ensure_ascii=False)[1:-1] not in transcripts
-    ]
+    missing = []
+    for line in prose:
+        if line in transcripts or json.dumps(line, ensure_ascii=False)[1:-1] in transcripts:
+            continue
+        inner = json.loads(line) if line.startswith("{") and "\\u" in line else None
+        missing += [line] if inner is None else unread(inner, transcripts)
+    return missing
 
 
 def leaves(value: Any) -> list[str]:
