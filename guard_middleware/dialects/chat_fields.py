@@ -19,7 +19,7 @@ REQUEST: Final[Table] = {
     "frequency_penalty": Rule.SCALAR,
     "function_call": Rule.CHOICE,
     "functions": Rule.NESTED,
-    "logit_bias": Rule.NUMBERS,
+    "logit_bias": Rule.NESTED,  # numbers by token id; words would be text for the model
     "logprobs": Rule.OFF,  # returns the answer's tokens a second time
     "max_completion_tokens": Rule.SCALAR,
     "max_tokens": Rule.SCALAR,

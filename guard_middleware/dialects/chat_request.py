@@ -41,6 +41,7 @@ from guard_middleware.dialects.fields import (
     as_word,
     in_order,
     invalid,
+    is_scalar,
     join,
     json_text,
     unsupported_content,
@@ -81,6 +82,8 @@ _GUARD = re.compile(r"guard|moderat|safe|content_?filter|jailbreak", re.IGNORECA
 #: words of options that need no reading
 _USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 _METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_LABEL = re.compile(r"[!-~]{0,256}")
+_TOKEN = re.compile(r"-?[0-9]{1,10}", re.ASCII)
 
 
 def parse_request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest:
@@ -127,7 +130,10 @@ class _Reader:
 
         kept["messages"], messages = self.messages(source.get("messages"))
         if (metadata := source.get("metadata")) is not None:
-            kept["metadata"] = _metadata(metadata)
+            kept["metadata"], notes = _metadata(metadata)
+            definitions += notes
+        if (bias := source.get("logit_bias")) is not None:
+            kept["logit_bias"] = _bias(bias)
         if (modalities := source.get("modalities")) is not None:
             if modalities != ["text"]:
                 raise unsupported_content("modalities", "only text output can be moderated")
@@ -301,14 +307,24 @@ def _choices(source: dict[str, JSONValue], limits: Limits) -> int:
     return n
 
 
-def _metadata(value: JSONValue) -> dict[str, JSONValue]:
-    """Labels for the upstream's own records: bounded as OpenAI bounds them, unread, and never about guards."""
+def _bias(value: JSONValue) -> dict[str, JSONValue]:
+    source = as_object(value, "logit_bias")
+    if not all(_TOKEN.fullmatch(key) and is_scalar(item) for key, item in source.items()):
+        raise invalid("logit_bias", "must be numbers by token id")
+    return source
+
+
+def _metadata(value: JSONValue) -> tuple[dict[str, JSONValue], list[Definition]]:
+    """Bounded as OpenAI bounds it, and never about guards. Labels pass unread; what could be prose is read."""
     source = as_object(value, "metadata")
     if len(source) > _METADATA:
         raise invalid("metadata", f"has more than {_METADATA} entries")
+    notes: list[Definition] = []
     for key, item in source.items():
         if not _METADATA_KEY.fullmatch(key) or not isinstance(item, str) or len(item) > 512:
             raise invalid("metadata", "keys must be short words, values strings of at most 512 characters")
         if _GUARD.search(key):
             raise unsupported_field("metadata", "cannot configure moderation")
-    return dict(source)
+        if not _LABEL.fullmatch(item):
+            notes.append(Definition("metadata", f"{key}: {item}"))
+    return dict(source), notes
