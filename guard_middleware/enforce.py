@@ -192,10 +192,14 @@ _REQUEST_DROPPED = _HOP_BY_HOP | frozenset(
     b"accept accept-encoding content-encoding content-length content-md5 content-type digest content-digest "
     b"repr-digest expect forwarded host range if-range if-match if-none-match max-forwards via x-real-ip "
     b"x-http-method x-http-method-override x-method-override x-original-url x-original-uri x-rewrite-url "
-    b"x-original-host x-host true-client-ip".split()
+    b"x-original-host x-host true-client-ip x-policy-id".split()
 )
 #: our own, internal hops', and those with which gateways behind us let a caller choose routes, caches and guards
-_REQUEST_DROPPED_PREFIXES = (b"x-guard-", b"x-forwarded-", b"x-litellm-", b"x-portkey-", b"helicone-", b"cf-aig-")
+_REQUEST_DROPPED_PREFIXES = (
+    b"x-forwarded-", b"x-envoy-", b"x-litellm-", b"x-portkey-", b"helicone-", b"cf-aig-", b"x-ai-eg-", b"x-gateway-",
+    b"x-higress-", b"x-amzn-bedrock-",
+)  # fmt: skip
+_REQUEST_GUARD = re.compile(rb"guard|moderat|safety|content-?filter")
 #: an answer's headers are an allow-list: any other could carry text that nobody screened
 _RESPONSE_KEPT = frozenset(
     b"cache-control request-id retry-after retry-after-ms server-timing traceresponse vary x-request-id "
@@ -218,7 +222,9 @@ def strip_request_headers(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     return tuple(
         (name, value)
         for name, value in pairs
-        if (plain := name.replace(b"_", b"-")) not in dropped and not plain.startswith(_REQUEST_DROPPED_PREFIXES)
+        if (plain := name.replace(b"_", b"-")) not in dropped
+        and not plain.startswith(_REQUEST_DROPPED_PREFIXES)
+        and not _REQUEST_GUARD.search(plain)
     )
 
 

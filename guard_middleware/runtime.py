@@ -74,7 +74,7 @@ class Runtime:
             capture_content=audit.capture_content,
         )
         header = config.tenants.header
-        self._tenant_header = header.encode("latin-1") if header else b""
+        self._tenant_header = _folded(header.encode("latin-1")) if header else b""
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="guard-media")
         self._fetcher = (
             Fetcher(allow=frozenset(config.images.allow), limits=config.limits) if config.images.fetch else None
@@ -121,8 +121,8 @@ class Runtime:
             self._directory.cleanup()
 
     def public_headers(self, headers: Headers) -> Headers:
-        """Without the tenant header, which is between the operator's auth layer and us."""
-        return tuple(pair for pair in headers if pair[0] != self._tenant_header)
+        """Without the tenant header, which is between the operator's auth layer and us, however it is spelt."""
+        return tuple(pair for pair in headers if _folded(pair[0]) != self._tenant_header)
 
     async def decode(self, work: Callable[[], Blob]) -> Blob:
         """Runs the decoding of one image in a thread, at most ``_DECODERS`` at a time."""
@@ -164,6 +164,10 @@ class Runtime:
             argv = worker_command(worker.model, address, threads=worker.threads)
             self.worker = WorkerProcess(argv, address, on_event=_log)
         return address
+
+
+def _folded(name: bytes) -> bytes:
+    return name.lower().replace(b"_", b"-")  # as CGI-style servers read it
 
 
 def _log(event: WorkerEvent) -> None:
