@@ -88,6 +88,7 @@ class TransformersEngine:
             marks=self.facts.quote_marks,
             answered_only=self.facts.answered_only,
             unanswered_only=self.facts.unanswered_only,
+            once=self.facts.once,
         )
         eos = self._model.generation_config.eos_token_id
         self._ends = {self._encoder.im_end, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}

@@ -6,7 +6,8 @@ one of the judged tokens, each further one follows the span so far somewhere in 
 where that span ends a word.
 
 *Shape.* Whether an answer is there to judge is known before the guard thinks. ``answered_only`` and
-``unanswered_only`` name tokens (by their text) that belong to one case alone; the other case never takes them.
+``unanswered_only`` name tokens (by their text) that belong to one case alone; the other case never takes them. Of the
+tokens in ``once`` an output holds one at most, so that a step is not taken twice.
 
 Neither forces a label: both labels stay possible wherever a label stands.
 """
@@ -32,6 +33,7 @@ class Guide:
         marks: str | None = None,
         answered_only: Sequence[str] = (),
         unanswered_only: Sequence[str] = (),
+        once: Sequence[str] = (),
     ) -> None:
         self._texts = [tokenizer.decode([id], skip_special_tokens=False) for id in range(tokenizer.get_vocab_size())]
         self._opens = self._closes = frozenset[int]()
@@ -39,14 +41,19 @@ class Guide:
             self._opens = frozenset(id for id, text in enumerate(self._texts) if text.endswith(marks[0]))
             self._closes = frozenset(id for id, text in enumerate(self._texts) if text.lstrip().startswith(marks[1]))
         self._never = {True: self._named(unanswered_only), False: self._named(answered_only)}
+        self._once = self._named(once)
 
     def choose(self, judged: Sequence[int], written: Sequence[int], answered: bool, logits: Tensor) -> int:
         """The likeliest id that may follow ``written``; ``logits`` is the row of scores, by id."""
-        allowed = self.quotable(judged, written)
-        if allowed is not None:
-            return allowed[int(logits[torch.tensor(allowed, device=logits.device)].argmax())]
-        best = int(logits.argmax())
         never = self._never[answered]
+        if not self._once.isdisjoint(written):
+            never = never | self._once
+        quotable = self.quotable(judged, written)
+        if quotable is not None:
+            allowed = [id for id in quotable if id not in never]
+            if allowed:
+                return allowed[int(logits[torch.tensor(allowed, device=logits.device)].argmax())]
+        best = int(logits.argmax())
         if best not in never:
             return best
         return next(int(id) for id in logits.argsort(descending=True) if int(id) not in never)

@@ -29,8 +29,8 @@ class ModelFacts:
     ``reader`` is whether drawn text is read for it by default. ``window_tokens`` is the longest prompt (system turn
     and images included) that it judges well, None for all up to ``max_input_tokens``; longer content is judged in at
     most ``max_windows`` overlapping windows. ``revision`` identifies the weights: the first 16 hex digits of the
-    SHA-256 over their files, or the hub's commit. ``quote_marks``, ``answered_only`` and
-    ``unanswered_only`` constrain what a small guard may write (see ``worker.guide``).
+    SHA-256 over their files, or the hub's commit. ``quote_marks``, ``answered_only``,
+    ``unanswered_only`` and ``once`` constrain what a small guard may write (see ``worker.guide``).
     """
 
     name: str
@@ -46,6 +46,7 @@ class ModelFacts:
     quote_marks: str | None = None
     answered_only: tuple[str, ...] = ()
     unanswered_only: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> Mo
             raise ConfigError(f"unknown key {key!r}", path=path, remedy=f"known keys: {', '.join(kinds)}")
         if key == "window_tokens" and value is None:
             continue
-        if key in ("answered_only", "unanswered_only"):
+        if key in ("answered_only", "unanswered_only", "once"):
             if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
                 raise ConfigError(f"{key} must be a list of texts", path=path)
             continue

@@ -81,6 +81,14 @@ def test_inside_a_quote_the_likeliest_judged_token_is_taken() -> None:
     assert GUIDE.choose(JUDGED, ids(OPEN), False, logits) == IDS["Ġlock"]
 
 
+def test_of_the_tokens_that_stand_once_no_second_is_taken_not_even_to_close_a_quote() -> None:
+    guide = Guide(TOKENIZER, marks="«»", once=["Step", " none"])
+    logits = torch.zeros(len(PIECES))
+    logits[IDS["Step"]], logits[IDS["."]] = 3.0, 1.0
+    assert guide.choose([], [], True, logits) == IDS["Step"]
+    assert guide.choose([], ids("Ġnone"), True, logits) == IDS["."]
+
+
 def test_a_name_that_is_no_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="no token reads"):
         Guide(TOKENIZER, answered_only=["two words"])

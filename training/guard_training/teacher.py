@@ -110,7 +110,9 @@ PHRASES: tuple[str, ...] = (
 )  # fmt: skip
 
 #: Phrases of one kind of question, for guard.json: the engine knows whether there is an answer to judge.
-ANSWERED_ONLY, UNANSWERED_ONLY = (_THIRD, _RESPONSE), (_END[False], _NONE)
+ANSWERED_ONLY, UNANSWERED_ONLY = (_THIRD, _END[True], _RESPONSE), (_END[False], _NONE)
+#: Of these an output holds one: the second step is taken once.
+ONCE = tuple(_SECOND.values())
 
 
 def topic(label: Label, category: str | None, words: str) -> str:
