@@ -89,11 +89,18 @@ class GuardClient:
 
     async def ready(self) -> bool:
         """True if the worker says that it can moderate. Never raises; answers within two seconds."""
+        return await self._ok("/ready")
+
+    async def alive(self) -> bool:
+        """True if the worker's process answers at all. Never raises; answers within two seconds."""
+        return await self._ok("/health")
+
+    async def _ok(self, path: str) -> bool:
         host = None if self._address.startswith("http") else "http://worker"
         transport = httpx.AsyncHTTPTransport(uds=self._address) if host else httpx.AsyncHTTPTransport()
         try:
             async with httpx.AsyncClient(transport=transport, base_url=host or self._address, timeout=2.0) as client:
-                return (await client.get("/ready")).status_code == 200
+                return (await client.get(path)).status_code == 200
         except (httpx.HTTPError, httpx.InvalidURL):
             return False
 

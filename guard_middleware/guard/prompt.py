@@ -32,6 +32,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 from guard_middleware.errors import GuardError, GuardErrorKind
@@ -56,6 +57,11 @@ _BODY = {"system": "[system]", "user": "[user]", "assistant": "[assistant]", "to
 _IMITATION = re.compile(
     r"\[ ?(system|user|assistant|tool|text drawn|[a-z ]{1,40} (definition|name) ?\])|(human user|ai assistant) ?:"
 )
+#: how an imitation begins; how much of a line is looked at for one; and how long one is where nothing hides in it
+_FIRST, _HEAD, _SHORT = ("[", "h", "a"), 512, 64
+_INVISIBLE = ("Cc", "Cf", "Mn", "Me")
+#: letters and symbols that show nothing
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"
 _ASCII_CONTROLS = {code: None for code in (*range(32), 127) if not chr(code).isspace()}
 
 
@@ -212,12 +218,32 @@ def _untrusted(text: str) -> str:
 
 
 def _imitates(line: str) -> bool:
-    if line.isascii():
-        line = line.translate(_ASCII_CONTROLS)
+    rest = line.lstrip()
+    head = rest[:_HEAD]
+    if head.isascii():
+        words = head.translate(_ASCII_CONTROLS)
     else:
-        line = unicodedata.normalize("NFKC", line)
-        line = "".join(c for c in line if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Mn", "Me"))
-    return _IMITATION.match(" ".join(line.split()).casefold()) is not None
+        first = next((letter for letter in map(_letter, head) if letter), "")
+        if first and first not in _FIRST:
+            return False
+        words = _visible(head)
+    words = " ".join(words.split()).casefold()
+    if _IMITATION.match(words):
+        return True
+    # What shows next to nothing so far may go on as an imitation beyond what is looked at.
+    return len(rest) > _HEAD and len(words) < _SHORT and words[:1] in ("", *_FIRST)
+
+
+def _visible(text: str) -> str:
+    """As it looks: without width and invisible characters."""
+    folded = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in folded if c.isspace() or (unicodedata.category(c) not in _INVISIBLE and c not in _BLANK))
+
+
+@lru_cache(maxsize=4096)
+def _letter(character: str) -> str:
+    """What a character begins with to the eye, in lower case; empty where it shows nothing."""
+    return _visible(character).strip()[:1].casefold()[:1]
 
 
 class Tokenizer(Protocol):

@@ -53,7 +53,10 @@ def worker_command(model: str, socket: str | Path, *, threads: int | None = None
 
 
 class WorkerProcess:
-    """One supervised worker. ``argv`` is the whole command; ``socket`` the address that it then serves."""
+    """One supervised worker. ``argv`` is the whole command; ``socket`` the address that it then serves.
+
+    A worker that was ready and then does not answer ``/health`` for ``hung_after`` seconds is killed and restarted.
+    """
 
     def __init__(
         self,
@@ -63,10 +66,11 @@ class WorkerProcess:
         on_event: Callable[[WorkerEvent], None] | None = None,
         backoff: Backoff | None = None,
         grace: float = 5.0,
+        hung_after: float = 30.0,
     ) -> None:
         self._argv, self._client = list(argv), GuardClient(socket)
         self._on_event = on_event or (lambda event: None)
-        self._backoff, self._grace = backoff or Backoff(), grace
+        self._backoff, self._grace, self._hung_after = backoff or Backoff(), grace, hung_after
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -161,6 +165,7 @@ class WorkerProcess:
             asyncio.create_task(self._pass_on(process.pid, process.stderr, self._tail)),
         ]
         poll = asyncio.create_task(self._poll_ready(process.pid))
+        probe = asyncio.create_task(self._kill_if_hung(process))
         try:
             await process.wait()
             await asyncio.wait(output, timeout=0.5)  # a grandchild may hold the pipes open
@@ -168,7 +173,7 @@ class WorkerProcess:
         finally:
             self._ready.clear()
             self._exited.set()
-            for task in (*output, poll):
+            for task in (*output, poll, probe):
                 task.cancel()
 
     async def _poll_ready(self, pid: int) -> float:
@@ -179,6 +184,19 @@ class WorkerProcess:
         self._ready.set()
         self._emit(WorkerEvent("ready", pid))
         return asyncio.get_running_loop().time()
+
+    async def _kill_if_hung(self, process: asyncio.subprocess.Process) -> None:
+        await self._ready.wait()
+        loop = asyncio.get_running_loop()
+        answered = loop.time()
+        while True:
+            await asyncio.sleep(self._hung_after / 6)
+            if await self._client.alive():
+                answered = loop.time()
+            elif loop.time() - answered >= self._hung_after:
+                logger.error("worker %d has not answered for %.0f s and is killed", process.pid, self._hung_after)
+                process.kill()
+                return
 
     async def _pass_on(self, pid: int, stream: asyncio.StreamReader, tail: deque[str] | None) -> None:
         while True:

@@ -120,6 +120,23 @@ def test_kill_9_in_mid_request_is_unavailable_at_once_and_service_resumes(tmp_pa
     run(main())
 
 
+def test_a_worker_that_hangs_as_a_whole_is_killed_and_replaced(tmp_path):
+    async def main():
+        path = tmp_path / "w.sock"
+        async with worker_of(scripted(path), path, hung_after=0.6) as (worker, events):
+            await worker.wait_ready(20)
+            first = worker.pid
+            await asyncio.sleep(1.5)
+            assert worker.pid == first  # a healthy one is left alone
+            os.kill(first, signal.SIGSTOP)
+            await until(lambda: worker.restarts == 1, 20)
+            await worker.wait_ready(20)
+            assert not alive(first)
+        assert kinds(events)[:4] == ["started", "ready", "exited", "started"]
+
+    run(main())
+
+
 def test_the_delay_doubles_to_its_bound_for_a_worker_that_does_not_get_well(tmp_path):
     async def main():
         async with worker_of(script("raise SystemExit(5)"), tmp_path / "w.sock") as (_, events):
