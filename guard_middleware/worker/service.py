@@ -20,7 +20,7 @@ from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker.batching import Batcher, BatchLimits
 from guard_middleware.worker.engine import BatchEngine, Generation, GuardPrompt
 from guard_middleware.worker.metrics import Metrics
-from guard_middleware.worker.windows import Judgement, judge, merge, plan
+from guard_middleware.worker.windows import Judgement, check_characters, judge, merge, plan
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,7 @@ class GuardService:
         return tuple(found[blob.digest] for blob in blobs)
 
     def _plan(self, conversation: Conversation, drawn: tuple[str, ...]) -> list[tuple[GuardPrompt, int]]:
+        check_characters(conversation, self._engine)
         images = [blob.data for blob in conversation.blobs()]
         prompts = plan(render(conversation, drawn), images, self._engine)
         return [(prompt, len(prompt.ids) + sum(map(self._engine.image_tokens, prompt.images))) for prompt in prompts]

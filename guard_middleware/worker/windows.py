@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import parse
-from guard_middleware.guard.prompt import ASSISTANT, END, HUMAN, NO_ANSWER, ImageSlot, Piece, Transcript, Trusted
-from guard_middleware.types import Label, Usage
+from guard_middleware.guard.prompt import ASSISTANT, END, HUMAN, NO_ANSWER, Piece, Transcript, Trusted
+from guard_middleware.types import Conversation, Label, Reasoning, Text, ToolCall, ToolCallResponse, Usage
 from guard_middleware.worker.engine import Generation, GuardPrompt, Model
 
-#: Text of more characters than this per token of the input limit is not even encoded.
+#: Text of more characters than this per token of the input limit is not even rendered.
 _CHARACTERS_PER_TOKEN = 64
 #: What stands in an answer's window for the middle of a long request.
 _CUT = Trusted("\n[...]\n")
@@ -42,15 +42,30 @@ class Judgement:
     usage: Usage
 
 
+def check_characters(conversation: Conversation, model: Model) -> None:
+    """Raises ``GuardError`` (``too_long``) for more text than is worth rendering and encoding at all."""
+    messages = [*conversation.messages, *([conversation.answer] if conversation.answer else [])]
+    texts = [definition.text for definition in conversation.definitions]
+    for message in messages:
+        texts.append(message.name or "")
+        for part in message.parts:
+            match part:
+                case Text(text) | Reasoning(text) | ToolCallResponse(_, text):
+                    texts.append(text)
+                case ToolCall(_, name, arguments):
+                    texts += [name, arguments]
+    characters = sum(map(len, texts))
+    if characters > _CHARACTERS_PER_TOKEN * model.facts.max_input_tokens:
+        raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")
+
+
 def plan(transcript: Transcript, images: Sequence[bytes], model: Model) -> list[GuardPrompt]:
     """The prompts that together show a model the whole transcript: one where it fits, else its windows.
 
     ``images`` are the bytes of all ``ImageSlot``s, by index. Raises ``GuardError`` (``too_long``, ``media``).
+    What may be long beyond all bounds goes through ``check_characters`` first.
     """
     facts, encoder = model.facts, model.encoder
-    characters = sum(len(segment.text) for segment in transcript.segments() if not isinstance(segment, ImageSlot))
-    if characters > _CHARACTERS_PER_TOKEN * facts.max_input_tokens:
-        raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")
     tokens = [model.image_tokens(image) for image in images]
     whole = encoder.encode(transcript)
     total = len(whole.ids) + sum(tokens[index] - 1 for index in whole.images)

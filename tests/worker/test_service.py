@@ -139,6 +139,16 @@ def test_content_past_the_token_budget_is_too_long(tiny_tokenizer):
     assert engine.prompts == []
 
 
+def test_text_beyond_all_bounds_costs_nothing(tiny_tokenizer):
+    """Every line of it would be folded, and every letter of each; the body limit of the gateway lets it through."""
+    engine = StubEngine(tiny_tokenizer)
+    started = time.process_time()
+    (found,) = moderate(engine, question("\ufdfa\n" * 3_000_000))
+    assert found.kind is GuardErrorKind.TOO_LONG
+    assert time.process_time() - started < 1
+    assert engine.prompts == []
+
+
 @pytest.mark.parametrize(
     ("output", "finish", "kind"),
     [

@@ -133,9 +133,8 @@ def test_images_are_never_cut_and_each_is_shown(tiny_tokenizer):
         ({"max_input_tokens": 400}, conversation("hi", images=20)),
         ({"window": 100, "max_windows": 3}, conversation(words(300))),
         ({"window": 18}, conversation(words(20), images=1)),
-        ({"max_input_tokens": 400}, conversation("x" * 1_000_000)),
     ],
-    ids=["request", "answer", "images", "windows", "image", "characters"],
+    ids=["request", "answer", "images", "windows", "image"],
 )
 def test_what_is_too_long_is_refused_and_never_cut(tiny_tokenizer, facts, value):
     with pytest.raises(GuardError) as caught:
