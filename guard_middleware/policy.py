@@ -20,6 +20,9 @@ from guard_middleware.config import Config, Policy, SourcePolicy, path_matches
 from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
 from guard_middleware.types import Action, Basis, Decision, Source, Verdict
 
+#: errors that content causes, and so whoever writes it can cause at will
+_PROVOKED = (GuardErrorKind.TOO_LONG, GuardErrorKind.MEDIA)
+
 Rule = Literal["tenant", "api_key", "route", "default"]
 
 
@@ -162,7 +165,9 @@ def digest(policy: Policy) -> str:
 def decide(policy: EffectivePolicy, source: Source, outcome: Verdict | GuardError, *, decision_id: str) -> Decision:
     """What ``policy`` makes of one outcome. Total: every outcome gives a decision, and nothing is raised.
 
-    A verdict that does not judge ``source``, or whose score is no probability, is an error, never a guess.
+    A verdict that does not judge ``source``, or whose score is no probability, is an error, never a guess. Where
+    harmful content is blocked, an error that the content itself causes blocks whatever ``on_error`` says: else
+    making a text too long would be a way past.
     """
     rules = policy.source(source)
     if isinstance(outcome, Verdict):
@@ -174,11 +179,12 @@ def decide(policy: EffectivePolicy, source: Source, outcome: Verdict | GuardErro
                 action = Action.ALLOW if rules.on_harmful == "shadow" else would
             return _decision(policy, source, decision_id, action, would, Basis.VERDICT, outcome, None)
         outcome = GuardError(GuardErrorKind.UNPARSEABLE, f"the verdict does not judge the {source}")
+    provoked = outcome.kind in _PROVOKED and rules.on_harmful == "block"
     action = {
         "block": Action.BLOCK,
         "annotate_unscreened": Action.ANNOTATE,
         "allow_unscreened": Action.ALLOW,
-    }[rules.on_error]
+    }["block" if provoked else rules.on_error]
     return _decision(policy, source, decision_id, action, action, Basis.ERROR, None, outcome.kind.value)
 
 

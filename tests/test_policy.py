@@ -186,6 +186,9 @@ def test_the_raw_key_is_in_no_representation() -> None:
         ({"on_error": "annotate_unscreened"}, GuardError("timeout"), "annotate", "annotate", "error"),
         ({"on_error": "allow_unscreened"}, GuardError("timeout"), "allow", "allow", "error"),
         ({"on_error": "allow_unscreened"}, verdict("harmful", 0.9), "block", "block", "verdict"),
+        ({"on_error": "allow_unscreened"}, GuardError("too_long"), "block", "block", "error"),
+        ({"on_error": "annotate_unscreened"}, GuardError("media"), "block", "block", "error"),
+        ({"on_error": "allow_unscreened", "on_harmful": "shadow"}, GuardError("too_long"), "allow", "allow", "error"),
         # no usable verdict
         ({}, verdict("unharmful", math.nan), "block", "block", "error"),
         ({}, verdict("unharmful", -0.1), "block", "block", "error"),
@@ -247,8 +250,9 @@ def test_no_harm_passes_a_block_and_no_error_is_ever_a_verdict(
         assert decision.basis is Basis.ERROR
         assert decision.error == outcome.kind.value
     if decision.basis is Basis.ERROR:
-        assert (decision.action is Action.BLOCK) == (rules["on_error"] == "block")
-        assert is_bypass(decision) == (rules["on_error"] != "block")
+        provoked = decision.error in ("too_long", "media") and rules["on_harmful"] == "block"
+        assert (decision.action is Action.BLOCK) == (rules["on_error"] == "block" or provoked)
+        assert is_bypass(decision) == (decision.action is not Action.BLOCK)
         return
     assert isinstance(outcome, Verdict)
     assert not is_bypass(decision)
