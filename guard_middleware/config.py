@@ -186,7 +186,7 @@ class Dialect(Section):
 
 class Dialects(Section):
     chat_completions: Dialect = Field(
-        default=Dialect(), description="a mapping, such as {extra_fields: {documents: moderated}}"
+        default=Dialect(), description="a mapping, such as {extra_fields: {context: moderated}}"
     )
 
 
