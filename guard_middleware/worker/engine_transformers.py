@@ -27,7 +27,7 @@ from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.guard.parse import END_RESULT, END_THINK
 from guard_middleware.guard.prompt import PromptEncoder, expand_images
 from guard_middleware.worker.engine import Generation, GuardPrompt
-from guard_middleware.worker.guide import Guide
+from guard_middleware.worker.form import Filling, Form
 from guard_middleware.worker.weights import ModelFacts, Weights
 
 #: Tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token.
@@ -41,12 +41,12 @@ class _FileTokenizer:
 
 @dataclass(slots=True)
 class _Row:
-    """One prompt in the making: ``judged`` is the user turn of ``ids``, ``thought`` the tokens up to ``</think>``."""
+    """One prompt in the making; ``thought`` is the number of tokens up to ``</think>``."""
 
     index: int
     prompt: GuardPrompt
     ids: list[int]
-    judged: list[int]
+    filling: Filling | None = None
     written: list[int] = field(default_factory=list)
     thought: int | None = None
     label: Literal["request", "response"] | None = None
@@ -83,13 +83,7 @@ class TransformersEngine:
         self._harmful, self._unharmful = (self._encoder.plain(f" {label}")[0] for label in ("harmful", "unharmful"))
         if self._harmful == self._unharmful:
             raise ConfigError("the labels begin with the same token", path=str(weights.folder))
-        self._guide = Guide(
-            self._tokenizer,
-            marks=self.facts.quote_marks,
-            answered_only=self.facts.answered_only,
-            unanswered_only=self.facts.unanswered_only,
-            once=self.facts.once,
-        )
+        self._form = Form(self.facts.form, self._tokenizer) if self.facts.form else None
         eos = self._model.generation_config.eos_token_id
         self._ends = {self._encoder.im_end, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}
 
@@ -148,7 +142,11 @@ class TransformersEngine:
         ids = expand_images(prompt.ids, counts, self._encoder.image_pad)
         if len(ids) > self.facts.max_input_tokens:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {len(ids)} tokens")
-        return _Row(index, prompt, ids, ids[len(self._encoder.opening) : -len(self._encoder.closing)]), images
+        filling = None
+        if self._form is not None:
+            judged = ids[len(self._encoder.opening) : -len(self._encoder.closing)]
+            filling = self._form.start(judged, answered=prompt.answered)
+        return _Row(index, prompt, ids, filling), images
 
     def _decode(self, rows: list[_Row], pixels: list[Any], cancelled: Callable[[int], bool]) -> list[_Row]:
         """Runs rows to their ends; returns those that were not cancelled."""
@@ -158,7 +156,7 @@ class TransformersEngine:
         while True:
             logits = self._model.lm_head(hidden[:, -1])
             tokens = [
-                self._guide.choose(row.judged, row.written, row.prompt.answered, scores)
+                row.filling.choose(scores) if row.filling else int(scores.argmax())
                 for row, scores in zip(alive, logits, strict=True)
             ]
             for row, token, scores in zip(alive, tokens, logits, strict=True):
@@ -216,7 +214,9 @@ class TransformersEngine:
         return hidden, padded, positions.amax(dim=(0, 2)) + 1
 
     def _advance(self, row: _Row, token: int, logits: torch.Tensor) -> None:
-        if row.label is not None and row.label not in row.scores:
+        if row.filling is not None:
+            row.scores = row.filling.scores
+        elif row.label is not None and row.label not in row.scores:
             margin = logits[self._harmful].float() - logits[self._unharmful].float()
             row.scores[row.label] = float(torch.sigmoid(margin))
         row.written.append(token)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ class ModelFacts:
     ``reader`` is whether drawn text is read for it by default. ``window_tokens`` is the longest prompt (system turn
     and images included) that it judges well, None for all up to ``max_input_tokens``; longer content is judged in at
     most ``max_windows`` overlapping windows. ``revision`` identifies the weights: the first 16 hex digits of the
-    SHA-256 over their files, or the hub's commit. ``quote_marks``, ``answered_only``,
-    ``unanswered_only`` and ``once`` constrain what a small guard may write (see ``worker.guide``).
+    SHA-256 over their files, or the hub's commit. ``form`` is what a small
+    guard fills in (see ``worker.form``).
     """
 
     name: str
@@ -43,10 +44,7 @@ class ModelFacts:
     max_input_tokens: int = 8192
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 1280 * 28 * 28
-    quote_marks: str | None = None
-    answered_only: tuple[str, ...] = ()
-    unanswered_only: tuple[str, ...] = ()
-    once: tuple[str, ...] = ()
+    form: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ def load(folder: Path, *, name: str) -> Weights:
 
 def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> ModelFacts:
     kinds: dict[str, Any] = {field.name: int for field in fields(ModelFacts)}
-    kinds |= {"name": str, "revision": str, "reader": bool, "quote_marks": str}
+    kinds |= {"name": str, "revision": str, "reader": bool, "form": dict}
     for key, value in stated.items():
         kind = kinds.get(key)
         path = str(folder / "guard.json")
@@ -96,16 +94,10 @@ def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> Mo
             raise ConfigError(f"unknown key {key!r}", path=path, remedy=f"known keys: {', '.join(kinds)}")
         if key == "window_tokens" and value is None:
             continue
-        if key in ("answered_only", "unanswered_only", "once"):
-            if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-                raise ConfigError(f"{key} must be a list of texts", path=path)
-            continue
         if type(value) is not kind or (kind is int and value <= 0) or (kind is str and not value):
             wanted = "a positive integer" if kind is int else f"a {kind.__name__}"
             raise ConfigError(f"{key} must be {wanted}", path=path)
     facts = ModelFacts(**{**defaults, **stated})
-    if facts.quote_marks is not None and len(facts.quote_marks) != 2:
-        raise ConfigError("quote_marks must be two characters", path=str(folder / "guard.json"))
     if facts.window_tokens is not None and facts.window_overlap * 2 > facts.window_tokens:
         raise ConfigError("window_overlap must be at most half of window_tokens", path=str(folder / "guard.json"))
     return facts

@@ -16,7 +16,7 @@ from guard_training.model import Shape, image_processor
 from guard_training.pictures import typographic
 from guard_training.recipe import Recipe
 from guard_training.render import HELD_OUT_FONTS
-from guard_training.teacher import ANSWERED_ONLY, ONCE, UNANSWERED_ONLY
+from guard_training.teacher import form
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -57,12 +57,9 @@ def export(
         "max_new_tokens": recipe.max_new_tokens,
         "min_pixels": 4 * area,
         "max_pixels": recipe.image_tokens * area,
-        "quote_marks": "«»",
-        "answered_only": list(ANSWERED_ONLY),
-        "unanswered_only": list(UNANSWERED_ONLY),
-        "once": list(ONCE),
+        "form": form(),
     }
-    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / "guard.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 

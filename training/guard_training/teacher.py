@@ -109,11 +109,6 @@ PHRASES: tuple[str, ...] = (
     _REQUEST, _RESPONSE, _NONE, _CLOSE,
 )  # fmt: skip
 
-#: Phrases of one kind of question, for guard.json: the engine knows whether there is an answer to judge.
-ANSWERED_ONLY, UNANSWERED_ONLY = (_THIRD, _END[True], _RESPONSE), (_END[False], _NONE)
-#: Of these an output holds one: the second step is taken once.
-ONCE = tuple(_SECOND.values())
-
 
 def topic(label: Label, category: str | None, words: str) -> str:
     """The topic of a text: from its category where that says something, else from its words."""
@@ -162,6 +157,42 @@ def teach(judged: Judged, lexicon: Lexicon) -> list[Stretch]:
 
 def _quoted(quote: str) -> str:
     return f" {quote}" if quote else " -"
+
+
+def form() -> dict[str, list[dict[str, object]]]:
+    """The teacher's completions as a form that the worker lets the guard fill in (``worker.form``)."""
+
+    def one_of(*texts: str) -> dict[str, object]:
+        return {"one_of": list(texts)}
+
+    def sides(kind: str, name: str, harmful: Sequence[str], unharmful: Sequence[str]) -> dict[str, object]:
+        return {kind: name, "harmful": list(harmful), "unharmful": list(unharmful)}
+
+    def topics(label: str) -> list[str]:
+        return [f"{name}." for name, _ in _TOPICS[label]]
+
+    def labels(name: str) -> dict[str, object]:
+        return sides("repeat", name, [" harmful"], [" unharmful"])
+
+    quote: dict[str, object] = {"quote": 6}
+    head = [
+        one_of(_START),
+        sides("decide", "request", [_IN["harmful"]], [_IN["unharmful"]]),
+        one_of(*PLACES),
+        one_of(_OPEN),
+        quote,
+        sides("repeat", "request", [_SECOND["harmful"]], [_SECOND["unharmful"]]),
+        sides("repeat", "request", topics("harmful"), topics("unharmful")),
+    ]
+    about_answer = [
+        one_of(_THIRD),
+        sides("decide", "response", [_ANSWER["harmful"]], [_ANSWER["unharmful"], _ANSWER["refusal"]]),
+        quote,
+        one_of(_END[True]),
+    ]
+    answered = [*head, *about_answer, one_of(_REQUEST), labels("request"), one_of(_RESPONSE), labels("response")]
+    unanswered = [*head, one_of(_END[False]), one_of(_REQUEST), labels("request"), one_of(_NONE)]
+    return {"answered": [*answered, one_of(_CLOSE)], "unanswered": [*unanswered, one_of(_CLOSE)]}
 
 
 def external(reasoning: str, judged: Judged) -> list[Stretch]:

@@ -1,0 +1,165 @@
+"""A form that a small guard fills in: its reasoning and verdict as a sequence of slots, by constrained decoding.
+
+A guard of a few million parameters forgets its format, quotes words that stand nowhere in the input, and contradicts
+itself between two steps. A ``form`` in its ``guard.json`` leaves it the choices that are judgements and takes away the
+others. ``{"answered": [slot, ...], "unanswered": [slot, ...]}``, each slot one of
+
+    {"one_of": [TOKEN, ...]}                                              the likeliest of these
+    {"decide": NAME, "harmful": [TOKEN, ...], "unharmful": [TOKEN, ...]}  the guard's decision
+    {"repeat": NAME, "harmful": [TOKEN, ...], "unharmful": [TOKEN, ...]}  a choice on the side decided before
+    {"quote": LENGTH}                                                     a span of what is judged
+
+where NAME is ``request`` or ``response``, and a TOKEN is the whole text of one token. The score of a decision is the
+guard's probability of the harmful side where it decides. A quote repeats a span of the judged tokens, begins and ends
+at a word, and closes at the first word's end after LENGTH tokens; the slot after it closes it.
+
+Refuses (``ConfigError``): a text that is no token, a slot of another shape, a repetition of what was not decided, a
+form that decides nothing about the request (or, answered, the response), two quotes in a row or one at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from guard_middleware.errors import ConfigError
+from guard_middleware.types import Label
+
+_SIDES: tuple[Label, Label] = ("harmful", "unharmful")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """``sides`` for a decision or its repetition, ``choices`` for ``one_of``, ``quote`` > 0 for a quote."""
+
+    choices: tuple[int, ...] = ()
+    sides: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    name: str = ""
+    decides: bool = False
+    quote: int = 0
+
+
+class Form:
+    """The form of one guard, shared by its rows."""
+
+    def __init__(self, stated: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        self.texts = [tokenizer.decode([id], skip_special_tokens=False) for id in range(tokenizer.get_vocab_size())]
+        self._ids = {text: id for id, text in enumerate(self.texts)}
+        if set(stated) != {"answered", "unanswered"}:
+            raise _refused("a form has two parts, answered and unanswered")
+        self._slots = {
+            False: self._read(stated["unanswered"], ("request",)),
+            True: self._read(stated["answered"], ("request", "response")),
+        }
+
+    def start(self, judged: Sequence[int], *, answered: bool) -> Filling:
+        """A blank form for one prompt; ``judged`` are the ids of its user turn."""
+        return Filling(self._slots[answered], tuple(judged), self.texts)
+
+    def _read(self, stated: Any, due: Sequence[str]) -> tuple[Slot, ...]:
+        slots = tuple(self._slot(item) for item in stated) if isinstance(stated, list) else ()
+        decided: set[str] = set()
+        for slot, following in zip(slots, (*slots[1:], None), strict=True):
+            if slot.quote and (following is None or following.quote):
+                raise _refused("a quote needs a slot that closes it")
+            if slot.sides and not slot.decides and slot.name not in decided:
+                raise _refused(f"{slot.name!r} is repeated before it is decided")
+            if slot.decides:
+                decided.add(slot.name)
+        if decided != set(due):
+            raise _refused(f"must decide {' and '.join(due)}, and decides {sorted(decided)}")
+        return slots
+
+    def _slot(self, item: Any) -> Slot:
+        match item:
+            case {"one_of": list(texts), **rest} if not rest:
+                return Slot(choices=self._tokens(texts))
+            case {"quote": int(words), **rest} if not rest and words > 0:
+                return Slot(quote=words)
+            case {"decide": str(name), "harmful": list(a), "unharmful": list(b), **rest} if not rest:
+                return Slot(sides=(self._tokens(a), self._tokens(b)), name=name, decides=True)
+            case {"repeat": str(name), "harmful": list(a), "unharmful": list(b), **rest} if not rest:
+                return Slot(sides=(self._tokens(a), self._tokens(b)), name=name)
+            case _:
+                raise _refused(f"no slot: {item!r}")
+
+    def _tokens(self, texts: Sequence[Any]) -> tuple[int, ...]:
+        unknown = [text for text in texts if text not in self._ids]
+        if unknown or not texts:
+            raise _refused(f"no token reads {unknown[0]!r}" if unknown else "a slot without a token")
+        return tuple(self._ids[text] for text in texts)
+
+
+@dataclass(slots=True)
+class Filling:
+    """One form in the making; ``scores`` are P(harmful) of the decisions made so far."""
+
+    slots: tuple[Slot, ...]
+    judged: tuple[int, ...]
+    texts: Sequence[str]
+    scores: dict[str, float] = field(default_factory=dict)
+    _index: int = 0
+    _span: list[int] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return self._index == len(self.slots)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next id; ``logits`` is the row of scores, by id. Not to be called when ``complete``."""
+        slot = self.slots[self._index]
+        if slot.quote:
+            following, may_close = self._quotable()
+            closing = self._open_to(self.slots[self._index + 1])
+            if may_close:
+                following = [] if len(self._span) >= slot.quote else following
+                chosen = _likeliest(logits, (*following, *closing))
+            else:
+                chosen = _likeliest(logits, following)
+            if chosen not in closing:
+                self._span.append(chosen)
+                return chosen
+            self._span.clear()
+            self._index += 1
+            slot = self.slots[self._index]
+        else:
+            chosen = _likeliest(logits, self._open_to(slot))
+        if slot.decides and slot.sides:
+            harmful, unharmful = (logits[list(side)].float().logsumexp(0) for side in slot.sides)
+            self.scores[slot.name] = float(torch.sigmoid(harmful - unharmful))
+        self._index += 1
+        return chosen
+
+    def _open_to(self, slot: Slot) -> tuple[int, ...]:
+        if slot.sides is None:
+            return slot.choices
+        if slot.decides:
+            return slot.sides[0] + slot.sides[1]
+        return slot.sides[0 if self.scores[slot.name] >= 0.5 else 1]
+
+    def _quotable(self) -> tuple[list[int], bool]:
+        """(ids that continue the quote, whether it may close here)."""
+        span, length = tuple(self._span), len(self._span)
+        following: set[int] = set()
+        ends_word = False
+        for start in range(len(self.judged) - length + 1):
+            if self.judged[start : start + length] != span:
+                continue
+            after = self.texts[self.judged[start + length]] if start + length < len(self.judged) else ""
+            if after.strip() and (length or not after[0].isalnum() or start == 0):
+                following.add(self.judged[start + length])
+            ends_word = ends_word or not after[:1].isalnum()
+        return sorted(following), (ends_word and length > 0) or not following
+
+
+def _likeliest(logits: Tensor, ids: Sequence[int]) -> int:
+    return ids[int(logits[torch.tensor(ids, device=logits.device)].argmax())]
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError(f"form: {why}", path="guard.json", remedy="see guard_middleware/worker/form.py")

@@ -1,0 +1,137 @@
+"""A form leaves a guard its judgements and nothing else: true quotes, whole formats, steps that agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from guard_middleware.errors import ConfigError
+from guard_middleware.worker.form import Form
+
+# "Ġ" is the byte-level spelling of a space; «» are two bytes each, spelled Â« and Â».
+PIECES = [
+    "Ġhow",
+    "Ġto",
+    "Ġpick",
+    "ing",
+    "Ġa",
+    "Ġlock",
+    ".",
+    "ĠÂ«",
+    "ĠÂ».",
+    "risky",
+    "plain",
+    "Ġbad",
+    "Ġfine",
+    "unsafe",
+    "safe",
+]
+TOKENIZER = Tokenizer(models.BPE({piece: id for id, piece in enumerate(PIECES)}, []))
+TOKENIZER.decoder = decoders.ByteLevel()
+IDS = {piece: id for id, piece in enumerate(PIECES)}
+
+DECIDE = {"decide": "request", "harmful": ["risky"], "unharmful": ["plain"]}
+ASK = [DECIDE, {"one_of": [" «"]}, {"quote": 3}, {"one_of": [" »."]}]
+REPEAT = {"repeat": "request", "harmful": [" bad"], "unharmful": [" fine"]}
+STATED: dict[str, Any] = {
+    "unanswered": [*ASK, REPEAT],
+    "answered": [*ASK, {"decide": "response", "harmful": ["unsafe"], "unharmful": ["safe"]}, REPEAT],
+}
+FORM = Form(STATED, TOKENIZER)
+
+
+def ids(*pieces: str) -> list[int]:
+    return [IDS[piece] for piece in pieces]
+
+
+JUDGED = ids("Ġhow", "Ġto", "Ġpick", "Ġa", "Ġlock", ".", "Ġpick", "ing", "Ġa", "Ġlock")
+
+
+def fill(judged: list[int], answered: bool, wishes: Any) -> tuple[str, dict[str, float]]:
+    """The filled form of a guard that scores tokens by ``wishes`` (a function of the step)."""
+    filling = FORM.start(judged, answered=answered)
+    written: list[int] = []
+    while not filling.complete:
+        written.append(filling.choose(wishes(len(written))))
+        assert len(written) < 40
+    return TOKENIZER.decode(written), filling.scores
+
+
+def scored(**favourites: float) -> torch.Tensor:
+    logits = torch.zeros(len(PIECES))
+    for piece, value in favourites.items():
+        logits[IDS[piece.replace("_", "Ġ")]] = value
+    return logits
+
+
+def test_the_decision_and_its_repetition_agree_whatever_the_guard_would_rather_say() -> None:
+    text, scores = fill(JUDGED, False, lambda _: scored(risky=2.0, _fine=9.0, _lock=1.0))
+    assert text.startswith("risky «")
+    assert text.endswith("». bad")
+    assert scores == {"request": pytest.approx(torch.sigmoid(torch.tensor(2.0)).item())}
+
+
+def test_an_answer_gets_its_own_decision() -> None:
+    text, scores = fill(JUDGED, True, lambda _: scored(plain=1.0, unsafe=3.0, _a=1.0))
+    assert "unsafe" in text
+    assert text.endswith(" fine")
+    assert scores["request"] < 0.5 < scores["response"]
+
+
+@settings(max_examples=80)
+@given(st.lists(st.sampled_from(JUDGED), max_size=12), st.booleans(), st.integers(0, 2**31))
+def test_whatever_the_guard_prefers_its_quote_is_a_span_of_the_judged_text(
+    judged: list[int], answered: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    text, _ = fill(judged, answered, lambda _: torch.randn(len(PIECES), generator=generator))
+    quote = text.partition("«")[2].partition(" ».")[0]
+    assert quote in TOKENIZER.decode(judged)
+    assert not quote.startswith("ing") or judged[0] == IDS["ing"]
+
+
+def test_a_quote_ends_with_a_word() -> None:
+    text, _ = fill(ids("Ġpick", "ing", "Ġa"), False, lambda _: scored(_pick=2.0, **{"ĠÂ».": 1.0}))
+    assert "« picking »." in text
+
+
+def test_a_quote_closes_at_the_first_words_end_after_its_length() -> None:
+    text, _ = fill(
+        ids("Ġhow", "Ġto", "Ġpick", "ing", "Ġa"), False, lambda _: scored(_how=3.0, _to=3.0, _pick=3.0, ing=3.0, _a=3.0)
+    )
+    assert "« how to picking »." in text
+
+
+def test_with_nothing_to_quote_the_quote_is_empty() -> None:
+    text, _ = fill([], False, lambda _: scored())
+    assert "« »." in text
+
+
+def changed(part: str, index: int, slot: Any) -> dict[str, Any]:
+    slots = list(STATED[part])
+    slots[index : index + 1] = [] if slot is None else [slot]
+    return {**STATED, part: slots}
+
+
+@pytest.mark.parametrize(
+    ("stated", "why"),
+    [
+        ({"unanswered": []}, "two parts"),
+        (changed("unanswered", 0, None), "repeated before it is decided"),
+        (changed("answered", 4, None), "must decide request and response"),
+        (changed("unanswered", 1, {"one_of": ["two words"]}), "no token reads"),
+        (changed("unanswered", 1, {"one_of": []}), "without a token"),
+        (changed("unanswered", 1, {"one_of": [" «"], "x": 1}), "no slot"),
+        (changed("unanswered", 2, {"quote": 0}), "no slot"),
+        (changed("unanswered", 3, {"quote": 3}), "closes it"),
+        (changed("unanswered", 4, {"quote": 3}), "closes it"),
+    ],
+)
+def test_a_form_that_cannot_be_filled_in_is_refused(stated: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Form(stated, TOKENIZER)
