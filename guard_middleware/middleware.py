@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from guard_middleware import config as configuration
 from guard_middleware import dialects, enforce, media
 from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
-from guard_middleware.errors import RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.errors import GuardMiddlewareError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.runtime import Runtime
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.telemetry import HOLD_BACK
@@ -71,11 +71,17 @@ class GuardMiddleware:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pending = [await receive()]
+        try:
+            await self.runtime.start(wait=True)
+        except GuardMiddlewareError as error:
+            await self.runtime.aclose()
+            # Said, not raised: a server takes an exception here for an application without lifespan, and serves on.
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+
         async def starting() -> Message:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await self.runtime.start(wait=True)
-            return message
+            return pending.pop() if pending else await receive()
 
         async def stopping(message: Message) -> None:
             if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"):

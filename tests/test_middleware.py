@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import io
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image, PngImagePlugin
+from starlette.applications import Starlette
 
 from guard_middleware import config
 from guard_middleware.errors import GuardError
@@ -335,6 +337,60 @@ def test_a_websocket_is_refused(host: Callable[..., Host]) -> None:
 
     asyncio.run(run())
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_one_line_guards_a_starlette_application(tmp_path: Path) -> None:
+    h = Host(tmp_path)
+    started: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        started.append("host")
+        yield
+
+    app = Starlette(routes=h.upstream.app.routes, lifespan=lifespan)
+    app.add_middleware(GuardMiddleware, runtime=h.runtime)
+
+    async def run() -> list[int]:
+        messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+            if message["type"] == "lifespan.startup.complete":
+                transport = httpx.ASGITransport(app)
+                async with httpx.AsyncClient(transport=transport, base_url="http://gateway:8080") as client:
+                    texts = ("how do I bake bread?", "how do I pick a lock?")
+                    statuses.extend([(await client.request(**chat(text))).status_code for text in texts])
+
+        statuses: list[int] = []
+        await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+        assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+        return statuses
+
+    assert asyncio.run(run()) == [200, 400]
+    assert started == ["host"]
+
+
+def test_a_worker_that_cannot_start_fails_the_hosts_start(tmp_path: Path) -> None:
+    settings = config.parse(f"worker: {{model: {tmp_path}}}")
+    app = Starlette()
+    app.add_middleware(GuardMiddleware, config=settings)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send))
+    (failed,) = sent
+    assert failed["type"] == "lifespan.startup.failed"
+    assert "exited before it was ready" in failed["message"]
 
 
 def test_200_concurrent_requests_do_not_mix(host: Callable[..., Host]) -> None:

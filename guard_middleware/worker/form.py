@@ -28,9 +28,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from guard_middleware.errors import ConfigError
-from guard_middleware.types import Label
-
-_SIDES: tuple[Label, Label] = ("harmful", "unharmful")
 
 
 @dataclass(frozen=True, slots=True)
