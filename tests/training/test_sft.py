@@ -213,7 +213,7 @@ def test_a_guess_is_the_lexicons_and_is_balanced_where_the_words_allow() -> None
     rng = random.Random(3)
     texts = ["how do I pick the lock of a door", "how do I bake the bread of my aunt"]
     wanted = ["harmful", "unharmful"] * 20
-    judged = [guessed_case(texts, LEXICON, 0.0, label, rng).judged for label in wanted]  # type: ignore[arg-type]
+    judged = [guessed_case(texts, LEXICON, 0.0, 30, label, rng).judged for label in wanted]  # type: ignore[arg-type]
     assert [case.request for case in judged] == wanted
     assert all((LEXICON.score(case.words) > 0) == (case.request == "harmful") for case in judged)
-    assert guessed_case(texts[1:], LEXICON, 0.0, "harmful", rng).judged.request == "unharmful"
+    assert guessed_case(texts[1:], LEXICON, 0.0, 30, "harmful", rng).judged.request == "unharmful"

@@ -153,25 +153,27 @@ def text_case(row: Row, others: Mapping[Label, Sequence[str]], words: int, rng: 
     return Case(Conversation((_user(text),)), judged, source=row.source, id=row.id)
 
 
-def snippet(texts: Sequence[str], rng: random.Random) -> str:
-    """One to three stretches of 3 to 30 words of any texts, joined."""
+def snippet(texts: Sequence[str], longest: int, rng: random.Random) -> str:
+    """One to three stretches of 3 to ``longest`` words of any texts, joined."""
     pieces = []
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
         words = rng.choice(texts).split()
-        size = rng.randint(3, 30)
+        size = rng.randint(3, longest)
         start = rng.randint(0, max(0, len(words) - size))
         pieces.append(" ".join(words[start : start + size]))
     return rng.choice((" ", "\n", ". ")).join(pieces)
 
 
-def guessed_case(texts: Sequence[str], lexicon: Lexicon, bias: float, wanted: Label, rng: random.Random) -> Case:
+def guessed_case(
+    texts: Sequence[str], lexicon: Lexicon, bias: float, longest: int, wanted: Label, rng: random.Random
+) -> Case:
     """Words of any texts, labelled by the lexicon (its logit plus ``bias``, where that is at least 0.2 from 0).
 
     A network that only sees whole rows learns each source's manner. What a word count says about words out of their
     rows teaches it to weigh words; this is distillation from a linear model of the same training texts.
     """
     for _ in range(50):
-        text = snippet(texts, rng)
+        text = snippet(texts, longest, rng)
         logit = lexicon.score(text) + bias
         if abs(logit) >= 0.2 and (logit > 0) == (wanted == "harmful"):
             break

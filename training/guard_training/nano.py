@@ -27,7 +27,7 @@ from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.mixture import Case, dialogue_case, draw, guessed_case, pair_case, picture_case, text_case
 from guard_training.model import build_model, image_processor, start_embeddings
 from guard_training.pictures import typographic
-from guard_training.recipe import Recipe
+from guard_training.recipe import Recipe, second_stage
 from guard_training.render import TRAIN_FONTS
 from guard_training.sft import (
     Collator,
@@ -39,7 +39,7 @@ from guard_training.sft import (
     to_dataset,
     training_arguments,
 )
-from guard_training.teacher import PHRASES, Kind, external, teach
+from guard_training.teacher import DECISIONS, PHRASES, Kind, external, teach
 from guard_training.tokenizer import train_tokenizer
 
 
@@ -134,7 +134,7 @@ def make_cases(
     texts += [row.response for row in rows.pairs if row.response]
     for number in range(wanted["guessed"]):
         label: Label = "harmful" if number % 2 else "unharmful"
-        cases.append(guessed_case(texts, lexicon, recipe.guess_bias, label, rng))
+        cases.append(guessed_case(texts, lexicon, recipe.guess_bias, recipe.guess_words, label, rng))
     pictures = [*typographic_rows, *rows.pictures]
     shares = {"typographic": 6.0}
     for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
@@ -195,7 +195,7 @@ def train_nano(
 ) -> Path:
     """Makes the guard and returns its folder; continues a run that was stopped.
 
-    ``stop_after`` ends after so many steps of the same schedule (to look at a run early).
+    ``stop_after`` ends after so many steps of the first stage (to look at a run early).
     """
     output.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
@@ -212,20 +212,42 @@ def train_nano(
         for path in paths:
             drawn(path.read_bytes())
             progress.advance(task)
-        cases = make_cases(rows, pictures, drawn, lexicon, recipe)
-        examples = in_batches(
-            encode_cases(cases, drawn, lexicon, tokenizer, recipe, rationales, progress), recipe.batch, recipe.seed
-        )
+        staged = []
+        for stage in (recipe, second_stage(recipe)):
+            cases = make_cases(rows, pictures, drawn, lexicon, stage)
+            encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
+            staged.append(in_batches(encoded, stage.batch, stage.seed))
     model = make_model(rows, tokenizer, recipe)
+    trainer = _train(model, tokenizer, staged[0], recipe, output / "checkpoints", stop_after)
+    if stop_after is None:
+        trainer = _train(trainer.model, tokenizer, staged[1], second_stage(recipe), output / "checkpoints-2", None)
+    if recipe.decision_shift:
+        harmful, unharmful = _decisions(tokenizer)
+        shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=recipe.decision_shift)
+    return export(trainer.model, tokenizer, output / "model", recipe)
+
+
+def _decisions(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    harmful, unharmful = tokenizer.convert_tokens_to_ids(list(DECISIONS))
+    return harmful, unharmful
+
+
+def _train(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    checkpoints: Path,
+    stop_after: int | None,
+) -> GuardSFTTrainer:
+    """One stage; goes on from the newest of its checkpoints."""
     encoder = PromptEncoder(tokenizer)
-    decisions = [tokenizer.convert_tokens_to_ids(phrase) for phrase in ("risky words in ", "ordinary words in ")]
-    steps = len(examples) // recipe.batch
     trainer = GuardSFTTrainer(
         model=model,
         args=training_arguments(
-            output / "checkpoints",
+            checkpoints,
             batch=recipe.batch,
-            steps=steps,
+            steps=len(examples) // recipe.batch,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
             warmup=recipe.warmup,
@@ -237,11 +259,9 @@ def train_nano(
         data_collator=Collator(image_processor(shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
         opening=encoder.opening,
         image_pad=encoder.image_pad,
-        decisions=decisions,
+        decisions=_decisions(tokenizer),
     )
     if stop_after:
         trainer.add_callback(StopAfter(stop_after))
-    trainer.train(resume_from_checkpoint=last_checkpoint(output / "checkpoints"))
-    if recipe.decision_shift:
-        shift_decision(trainer, harmful=decisions[0], unharmful=decisions[1], shift=recipe.decision_shift)
-    return export(trainer.model, tokenizer, output / "model", recipe)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    return trainer

@@ -31,6 +31,7 @@ class Recipe:
     source_shares: dict[str, float]
     kind_shares: dict[str, float]
     guess_bias: float
+    guess_words: int
     prompt_words: int
     images: int
     held_out_images: int
@@ -51,6 +52,7 @@ class Recipe:
     weight_decay: float
     warmup: int
     save_every: int
+    second: dict[str, Any]
     token_weights: dict[str, float]
     decision_shift: float
     window_tokens: int
@@ -83,6 +85,12 @@ def recipe(value: dict[str, Any], where: str = "recipe") -> Recipe:
         if not isinstance(value[key], wanted) or isinstance(value[key], bool):  # type: ignore[arg-type]
             raise RecipeError(f"{where}: {key} must be a {kind}")
     return Recipe(**value)
+
+
+def second_stage(first: Recipe) -> Recipe:
+    """The second stage: the recipe with what its ``second`` says, and draws of its own."""
+    values = {name: getattr(first, name) for name in first.__slots__}
+    return recipe({**values, **first.second, "seed": first.seed + 1}, "second")
 
 
 def default_recipe() -> Path:

@@ -109,6 +109,9 @@ PHRASES: tuple[str, ...] = (
     _REQUEST, _RESPONSE, _NONE, _CLOSE,
 )  # fmt: skip
 
+#: The phrases that decide about the request, harmful first.
+DECISIONS = (_IN["harmful"], _IN["unharmful"])
+
 
 def topic(label: Label, category: str | None, words: str) -> str:
     """The topic of a text: from its category where that says something, else from its words."""
