@@ -90,6 +90,8 @@ def decode_request(frame: bytes) -> ModerationRequest:
         if header["source"] not in ("input", "output"):
             raise WireError("unknown source")
         answer = header["answer"]
+        if type(header["messages"]) is not list or type(header["definitions"]) is not list:
+            raise WireError("expected a list")
         return ModerationRequest(
             id=_str(header["id"]),
             source=header["source"],
@@ -200,13 +202,14 @@ def decode_answer(data: bytes | str) -> tuple[str, Verdict | GuardError]:
             raise WireError("unknown label")
         if (v["response"] is None) != (v["response_score"] is None):
             raise WireError("a response score without a response label, or the reverse")
+        prompt, completion, thought = v["usage"]
         return id, Verdict(
             request=v["request"],
             response=v["response"],
             request_score=_score(v["request_score"]),
             response_score=None if v["response_score"] is None else _score(v["response_score"]),
             reasoning=_str(v["reasoning"]),
-            usage=Usage(*(int(n) for n in v["usage"])),
+            usage=Usage(int(prompt), int(completion), int(thought)),
             model=_str(v["model"]),
             revision=_str(v["revision"]),
             categories=tuple(_str(c) for c in v["categories"]),
