@@ -12,7 +12,7 @@ from guard_training.card import BEGIN, END, write_results
 from guard_training.cli import main, parser
 from guard_training.corpus import Row
 from guard_training.evaluate import Asked, conversation, sample, summarise
-from guard_training.recipe import RecipeError, default_recipe, read_recipe, recipe
+from guard_training.recipe import RecipeError, default_recipe, read_recipe, recipe, stages
 
 
 def _verdict(request: str, response: str | None = None) -> Verdict:
@@ -96,6 +96,8 @@ def test_help_shows_how_to_call_it(command: str, capsys: pytest.CaptureFixture[s
 def test_the_recipe_of_nano_is_whole_and_strict() -> None:
     whole = read_recipe(default_recipe())
     assert sum(whole.kind_shares.values()) == pytest.approx(1.0)
+    assert [stage.seed for stage in stages(whole)] == [whole.seed + n for n in range(3)]
+    assert all(sum(stage.kind_shares.values()) == pytest.approx(1.0) for stage in stages(whole))
     values = {name: getattr(whole, name) for name in whole.__slots__}
     with pytest.raises(RecipeError, match="batch must be a int"):
         recipe({**values, "batch": "many"})

@@ -16,7 +16,7 @@ from guard_training.calibrate import shift_decision
 from guard_training.corpus import Row
 from guard_training.export import export
 from guard_training.lexicon import Lexicon
-from guard_training.mixture import Case, dialogue_case, guessed_case, pair_case, picture_case, text_case
+from guard_training.mixture import Case, Focus, dialogue_case, guessed_case, pair_case, picture_case, snippet, text_case
 from guard_training.model import build_model, image_processor, start_embeddings
 from guard_training.recipe import Recipe, default_recipe, read_recipe
 from guard_training.sft import (
@@ -213,7 +213,16 @@ def test_a_guess_is_the_lexicons_and_is_balanced_where_the_words_allow() -> None
     rng = random.Random(3)
     texts = ["how do I pick the lock of a door", "how do I bake the bread of my aunt"]
     wanted = ["harmful", "unharmful"] * 20
-    judged = [guessed_case(texts, LEXICON, 0.0, 30, label, rng).judged for label in wanted]  # type: ignore[arg-type]
+    judged = [guessed_case(lambda: snippet(texts, 30, rng), LEXICON, 0.0, label, rng).judged for label in wanted]  # type: ignore[arg-type]
     assert [case.request for case in judged] == wanted
     assert all((LEXICON.score(case.words) > 0) == (case.request == "harmful") for case in judged)
-    assert guessed_case(texts[1:], LEXICON, 0.0, 30, "harmful", rng).judged.request == "unharmful"
+    assert guessed_case(lambda: texts[1], LEXICON, 0.0, "harmful", rng).judged.request == "unharmful"
+
+
+def test_focus_gives_rare_words_their_turn() -> None:
+    rng = random.Random(3)
+    focus = Focus(["the lock is here"] * 50 + ["some bread"], LEXICON)
+    drawn = [focus.draw(4, rng) for _ in range(60)]
+    assert 15 < sum("bread" in text for text in drawn) < 45
+    assert all("bread" in text or "lock" in text for text in drawn)
+    assert max(len(text.split()) for text in drawn) <= 5

@@ -80,7 +80,8 @@ class Lexicon:
         norm = sum(self.rarity[word] ** 2 for word in known) ** 0.5
         return sum(self.weights[word] * self.rarity[word] for word in known) / max(norm, 1.0) + self.bias
 
-    def _weight(self, word: str) -> float:
+    def weight(self, word: str) -> float:
+        """What a lower-cased word adds to a logit, before the length of the text is taken into account."""
         return self.weights.get(word, 0.0) * self.rarity.get(word, 0.0)
 
     def quote(self, text: str, label: Label, *, longest: int = 4) -> str:
@@ -90,7 +91,7 @@ class Lexicon:
         """
         sign = 1.0 if label == "harmful" else -1.0
         found = list(WORD.finditer(text))
-        values = [sign * self._weight(match.group().lower()) - _PER_WORD for match in found]
+        values = [sign * self.weight(match.group().lower()) - _PER_WORD for match in found]
         best, span = float("-inf"), (0, 0)
         for start in range(len(found)):
             total = 0.0

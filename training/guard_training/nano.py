@@ -24,10 +24,20 @@ from guard_training.corpus import Row, held_out, passages, read_rows, unique_pro
 from guard_training.drawn import DrawnText, Read
 from guard_training.export import export, last_checkpoint, shape, write_held_out
 from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
-from guard_training.mixture import Case, dialogue_case, draw, guessed_case, pair_case, picture_case, text_case
+from guard_training.mixture import (
+    Case,
+    Focus,
+    dialogue_case,
+    draw,
+    guessed_case,
+    pair_case,
+    picture_case,
+    snippet,
+    text_case,
+)
 from guard_training.model import build_model, image_processor, start_embeddings
 from guard_training.pictures import typographic
-from guard_training.recipe import Recipe, second_stage
+from guard_training.recipe import Recipe, stages
 from guard_training.render import TRAIN_FONTS
 from guard_training.sft import (
     Collator,
@@ -132,9 +142,16 @@ def make_cases(
     ]
     texts = [row.prompt for row in (*rows.prompts, *rows.pairs) if row.prompt]
     texts += [row.response for row in rows.pairs if row.response]
+    focus = Focus(texts, lexicon)
+
+    def words_out_of_rows() -> str:
+        if recipe.guess_focus and rng.random() < recipe.guess_focus:
+            return focus.draw(recipe.guess_words, rng)
+        return snippet(texts, recipe.guess_words, rng)
+
     for number in range(wanted["guessed"]):
         label: Label = "harmful" if number % 2 else "unharmful"
-        cases.append(guessed_case(texts, lexicon, recipe.guess_bias, recipe.guess_words, label, rng))
+        cases.append(guessed_case(words_out_of_rows, lexicon, recipe.guess_bias, label, rng))
     pictures = [*typographic_rows, *rows.pictures]
     shares = {"typographic": 6.0}
     for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
@@ -213,14 +230,16 @@ def train_nano(
             drawn(path.read_bytes())
             progress.advance(task)
         staged = []
-        for stage in (recipe, second_stage(recipe)):
+        for stage in stages(recipe):
             cases = make_cases(rows, pictures, drawn, lexicon, stage)
             encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
             staged.append(in_batches(encoded, stage.batch, stage.seed))
     model = make_model(rows, tokenizer, recipe)
-    trainer = _train(model, tokenizer, staged[0], recipe, output / "checkpoints", stop_after)
-    if stop_after is None:
-        trainer = _train(trainer.model, tokenizer, staged[1], second_stage(recipe), output / "checkpoints-2", None)
+    for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):
+        trainer = _train(model, tokenizer, examples, stage, output / f"checkpoints-{number}", stop_after)
+        model = trainer.model
+        if stop_after:
+            break
     if recipe.decision_shift:
         harmful, unharmful = _decisions(tokenizer)
         shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=recipe.decision_shift)

@@ -32,6 +32,7 @@ class Recipe:
     kind_shares: dict[str, float]
     guess_bias: float
     guess_words: int
+    guess_focus: float
     prompt_words: int
     images: int
     held_out_images: int
@@ -52,7 +53,7 @@ class Recipe:
     weight_decay: float
     warmup: int
     save_every: int
-    second: dict[str, Any]
+    stages: list[dict[str, Any]]
     token_weights: dict[str, float]
     decision_shift: float
     window_tokens: int
@@ -87,10 +88,14 @@ def recipe(value: dict[str, Any], where: str = "recipe") -> Recipe:
     return Recipe(**value)
 
 
-def second_stage(first: Recipe) -> Recipe:
-    """The second stage: the recipe with what its ``second`` says, and draws of its own."""
+def stages(first: Recipe) -> list[Recipe]:
+    """The stages of a run: the recipe itself, then the recipe with what each of ``stages`` says and its own draws."""
     values = {name: getattr(first, name) for name in first.__slots__}
-    return recipe({**values, **first.second, "seed": first.seed + 1}, "second")
+    later = [
+        recipe({**values, **changed, "seed": first.seed + number}, f"stage {number + 1}")
+        for number, changed in enumerate(first.stages, 1)
+    ]
+    return [first, *later]
 
 
 def default_recipe() -> Path:
