@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--threads", type=_positive, help="CPU threads of the model (default: torch's choice)")
     load.add_argument("--max-batch", type=_positive, default=8, help="prompts per batch (default: 8)")
     load.add_argument(
-        "--max-queue", type=_positive, default=64, help="prompts that wait; more are told to come back (default: 64)"
+        "--max-queue", type=_positive, default=256, help="prompts that wait; more are told to come back (default: 256)"
     )
     load.add_argument(
         "--max-queue-tokens", type=_positive, default=262_144, help="their tokens, together (default: 262144)"
