@@ -11,7 +11,8 @@ others. ``{"answered": [slot, ...], "unanswered": [slot, ...]}``, each slot one 
 
 where NAME is ``request`` or ``response``, and a TOKEN is the whole text of one token. The score of a decision is the
 guard's probability of the harmful side where it decides. A quote repeats a span of the judged tokens, begins and ends
-at a word, and closes at the first word's end after LENGTH tokens; the slot after it closes it.
+at a word, and closes at the first word's end after LENGTH tokens (inside a word only where that is very long); the slot after it
+closes it.
 
 Refuses (``ConfigError``): a text that is no token, a slot of another shape, a repetition of what was not decided, a
 form that decides nothing about the request (or, answered, the response), two quotes in a row or one at the end.
@@ -28,6 +29,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from guard_middleware.errors import ConfigError
+
+#: tokens past a quote's length after which it closes inside a word: some texts have no words
+_LONG_WORD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class Filling:
         if slot.quote:
             following, may_close = self._quotable()
             closing = self._open_to(self.slots[self._index + 1])
-            if may_close:
+            if may_close or len(self._span) >= slot.quote + _LONG_WORD:
                 following = [] if len(self._span) >= slot.quote else following
                 chosen = _likeliest(logits, (*following, *closing))
             else:

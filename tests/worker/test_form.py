@@ -107,6 +107,11 @@ def test_a_quote_closes_at_the_first_words_end_after_its_length() -> None:
     assert "« how to picking »." in text
 
 
+def test_a_text_without_words_ends_a_quote_too() -> None:
+    text, _ = fill(ids("Ġpick", *["ing"] * 39), False, lambda _: scored(ing=1.0))
+    assert f"« pick{'ing' * 10} »." in text
+
+
 def test_with_nothing_to_quote_the_quote_is_empty() -> None:
     text, _ = fill([], False, lambda _: scored())
     assert "« »." in text
