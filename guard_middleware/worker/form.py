@@ -11,8 +11,8 @@ others. ``{"answered": [slot, ...], "unanswered": [slot, ...]}``, each slot one 
 
 where NAME is ``request`` or ``response``, and a TOKEN is the whole text of one token. The score of a decision is the
 guard's probability of the harmful side where it decides. A quote repeats a span of the judged tokens, begins and ends
-at a word, and closes at the first word's end after LENGTH tokens (inside a word only where that is very long); the slot after it
-closes it.
+at a word, and closes at the first word's end after LENGTH tokens (inside a word only where that is very long); the
+slot after it closes it.
 
 Refuses (``ConfigError``): a text that is no token, a slot of another shape, a repetition of what was not decided, a
 form that decides nothing about the request (or, answered, the response), two quotes in a row or one at the end.
