@@ -14,8 +14,6 @@ from guard_middleware.dialects.chat_completions import ChatCompletions
 from guard_middleware.errors import RejectKind, RequestRejected
 
 CHAT_COMPLETIONS: Final[Dialect] = ChatCompletions()
-#: the dialects that this build speaks, by name
-DIALECTS: Final[dict[str, Dialect]] = {CHAT_COMPLETIONS.name: CHAT_COMPLETIONS}
 
 _ROUTES: Final[dict[bytes, tuple[bytes, Route]]] = {
     b"/v1/chat/completions": (b"POST", Route(CHAT_COMPLETIONS)),
