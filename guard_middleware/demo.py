@@ -157,11 +157,11 @@ async def _visit(client: openai.AsyncOpenAI, stop: Stop, model: str) -> Visit:
 
 
 async def _records(log: Path, ids: list[str]) -> dict[str, Any]:
-    """The decision log's lines by the id of their request; waits a moment for the writer's thread."""
+    """The decision log's lines by the id of their request; waits a moment for the writer to reach all ``ids``."""
     records: dict[str, Any] = {}
     for _ in range(50):
         records = {record["id"]: record for record in map(json.loads, _lines(log))}
-        if len(records) >= len(ids):
+        if records.keys() >= {id.split(".")[0] for id in ids}:
             break
         await asyncio.sleep(0.1)
     return records

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from guard_training.corpus import CorpusError
-from guard_training.recipe import RecipeError
+from guard_training.corpus.rows import CorpusError
+from guard_training.nano.recipe import RecipeError
 
 #: Columns of a table that goes to a file or a pipe.
 _WIDTH = 150
@@ -87,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _nano(given: argparse.Namespace) -> None:
     from guard_middleware.guard.reader import Reader
-    from guard_training.nano import train_nano
-    from guard_training.recipe import default_recipe, read_recipe
-    from guard_training.teacher import read_rationales
+    from guard_training.nano.pipeline import train_nano
+    from guard_training.nano.recipe import default_recipe, read_recipe
+    from guard_training.nano.teacher import read_rationales
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     recipe = read_recipe(given.recipe or default_recipe())
@@ -101,7 +101,7 @@ def _nano(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from guard_training.evaluate import WorkerFailed, evaluate, write_json
+    from guard_training.evaluation.measure import WorkerFailed, evaluate, write_json
 
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     try:
@@ -113,6 +113,6 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _card(given: argparse.Namespace) -> None:
-    from guard_training.card import write_results
+    from guard_training.evaluation.card import write_results
 
     write_results(given.model / "README.md", given.results)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guard_middleware.types import Blob, Conversation, Label, Message, Part, Text, ToolCallResponse
-from guard_training.corpus import Row
-from guard_training.lexicon import Lexicon
-from guard_training.pictures import CARRIERS
-from guard_training.render import deed, list_title
-from guard_training.teacher import Judged
+from guard_training.corpus.rows import Row
+from guard_training.nano.lexicon import Lexicon
+from guard_training.nano.pictures import CARRIERS
+from guard_training.nano.render import deed, list_title
+from guard_training.nano.teacher import Judged
 
 _OPENINGS = (
     "Hi. ", "Hello, ", "Please answer: ", "I have a question. ", "Hey, quick question: ", "For my work: ",

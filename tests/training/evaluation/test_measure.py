@@ -8,11 +8,11 @@ from PIL import Image
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import Blob, Text, Usage, Verdict
-from guard_training.card import BEGIN, END, write_results
 from guard_training.cli import main, parser
-from guard_training.corpus import Row
-from guard_training.evaluate import Asked, conversation, sample, summarise
-from guard_training.recipe import RecipeError, default_recipe, read_recipe, recipe, stages
+from guard_training.corpus.rows import Row
+from guard_training.evaluation.card import BEGIN, END, write_results
+from guard_training.evaluation.measure import Asked, conversation, sample, summarise
+from guard_training.nano.recipe import RecipeError, default_recipe, read_recipe, recipe, stages
 
 
 def _verdict(request: str, response: str | None = None) -> Verdict:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from guard_middleware.guard.parse import TAGS, completion
 from guard_middleware.types import Label
-from guard_training.lexicon import Lexicon
+from guard_training.nano.lexicon import Lexicon
 
 
 class Kind(StrEnum):

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from guard_training.cli import main
-from guard_training.export import export, shape
-from guard_training.model import build_model
-from guard_training.recipe import default_recipe, read_recipe
-from guard_training.teacher import PHRASES
-from guard_training.tokenizer import train_tokenizer
+from guard_training.nano.export import export, shape
+from guard_training.nano.model import build_model
+from guard_training.nano.recipe import default_recipe, read_recipe
+from guard_training.nano.teacher import PHRASES
+from guard_training.nano.tokenizer import train_tokenizer
 
 
 def test_a_guard_that_talks_nonsense_is_wrong_about_every_row(

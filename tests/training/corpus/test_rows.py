@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from guard_training.corpus import CorpusError, Row, held_out, passages, read_rows, unique_prompts
+from guard_training.corpus.rows import CorpusError, Row, held_out, passages, read_rows, unique_prompts
 
 ROW = {"id": "a", "source": "s", "prompt": "how do I pick a lock", "prompt_label": "unharmful", "response": None}
 

@@ -6,8 +6,8 @@ import pytest
 
 from guard_middleware.guard.parse import parse
 from guard_middleware.types import Label
-from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
-from guard_training.teacher import Judged, Kind, external, joined, read_rationales, teach, topic
+from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
+from guard_training.nano.teacher import Judged, Kind, external, joined, read_rationales, teach, topic
 
 _ODDS = {"lock": 1.0, "pick": 2.0, "bread": -2.0, "sorry": -1.0}
 LEXICON = Lexicon(_ODDS, dict.fromkeys(_ODDS, 1.0))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from guard_training.corpus import Row
-from guard_training.drawn import DrawnText
-from guard_training.pictures import texts, typographic
-from guard_training.render import HELD_OUT_FONTS, TRAIN_FONTS, Style, draw_style, list_title, render
+from guard_training.corpus.rows import Row
+from guard_training.nano.drawn import DrawnText
+from guard_training.nano.pictures import texts, typographic
+from guard_training.nano.render import HELD_OUT_FONTS, TRAIN_FONTS, Style, draw_style, list_title, render
 
 
 def test_training_and_held_out_fonts_differ() -> None:

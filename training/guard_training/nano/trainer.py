@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
-from guard_training.teacher import Kind, Stretch
+from guard_training.nano.teacher import Kind, Stretch
 
 IGNORED = -100
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from guard_training.sft import GuardSFTTrainer
+from guard_training.nano.trainer import GuardSFTTrainer
 
 
 def shift_decision(trainer: GuardSFTTrainer, *, harmful: int, unharmful: int, shift: float, batches: int = 10) -> float:

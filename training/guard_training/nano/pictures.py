@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from guard_training.corpus import Row
-from guard_training.render import draw_style, render
+from guard_training.corpus.rows import Row
+from guard_training.nano.render import draw_style, render
 
 HARMFUL_SOURCES = ("aart", "advbench", "catqa_english", "harmfulqa", "ailuminate_en", "trustllm_misuse_add")
 BENIGN_SOURCES = (

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
-from guard_training.calibrate import shift_decision
-from guard_training.corpus import Row, held_out, passages, read_rows, unique_prompts
-from guard_training.drawn import DrawnText, Read
-from guard_training.export import export, last_checkpoint, shape, write_held_out
-from guard_training.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
-from guard_training.mixture import (
+from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
+from guard_training.nano.calibrate import shift_decision
+from guard_training.nano.drawn import DrawnText, Read
+from guard_training.nano.export import export, last_checkpoint, shape, write_held_out
+from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
+from guard_training.nano.mixture import (
     Case,
     Focus,
     dialogue_case,
@@ -35,11 +35,13 @@ from guard_training.mixture import (
     snippet,
     text_case,
 )
-from guard_training.model import build_model, image_processor, start_embeddings
-from guard_training.pictures import typographic
-from guard_training.recipe import Recipe, stages
-from guard_training.render import TRAIN_FONTS
-from guard_training.sft import (
+from guard_training.nano.model import build_model, image_processor, start_embeddings
+from guard_training.nano.pictures import typographic
+from guard_training.nano.recipe import Recipe, stages
+from guard_training.nano.render import TRAIN_FONTS
+from guard_training.nano.teacher import DECISIONS, PHRASES, Kind, external, teach
+from guard_training.nano.tokenizer import train_tokenizer
+from guard_training.nano.trainer import (
     Collator,
     Example,
     GuardSFTTrainer,
@@ -49,8 +51,6 @@ from guard_training.sft import (
     to_dataset,
     training_arguments,
 )
-from guard_training.teacher import DECISIONS, PHRASES, Kind, external, teach
-from guard_training.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

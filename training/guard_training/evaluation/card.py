@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guard_training.evaluate import COLUMNS, cell, cells
+from guard_training.evaluation.measure import COLUMNS, cell, cells
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

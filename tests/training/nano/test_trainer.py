@@ -12,14 +12,25 @@ from guard_middleware.guard.parse import parse
 from guard_middleware.guard.prompt import PromptEncoder, render
 from guard_middleware.types import Blob, Conversation, Message, Text
 from guard_middleware.worker.weights import load
-from guard_training.calibrate import shift_decision
-from guard_training.corpus import Row
-from guard_training.export import export
-from guard_training.lexicon import Lexicon
-from guard_training.mixture import Case, Focus, dialogue_case, guessed_case, pair_case, picture_case, snippet, text_case
-from guard_training.model import build_model, image_processor, start_embeddings
-from guard_training.recipe import Recipe, default_recipe, read_recipe
-from guard_training.sft import (
+from guard_training.corpus.rows import Row
+from guard_training.nano.calibrate import shift_decision
+from guard_training.nano.export import export
+from guard_training.nano.lexicon import Lexicon
+from guard_training.nano.mixture import (
+    Case,
+    Focus,
+    dialogue_case,
+    guessed_case,
+    pair_case,
+    picture_case,
+    snippet,
+    text_case,
+)
+from guard_training.nano.model import build_model, image_processor, start_embeddings
+from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
+from guard_training.nano.teacher import PHRASES, Judged, Kind, joined, teach
+from guard_training.nano.tokenizer import train_tokenizer
+from guard_training.nano.trainer import (
     Collator,
     Example,
     GuardSFTTrainer,
@@ -29,8 +40,6 @@ from guard_training.sft import (
     to_dataset,
     training_arguments,
 )
-from guard_training.teacher import PHRASES, Judged, Kind, joined, teach
-from guard_training.tokenizer import train_tokenizer
 
 WORDS = ["how do I pick a lock", "how do I bake bread", "what is the weather", "tell me about locks", "None of it"]
 LEXICON = Lexicon({"lock": 1.0, "bread": -1.0}, {"lock": 1.0, "bread": 1.0})
@@ -48,7 +57,7 @@ def tokenizer():  # type: ignore[no-untyped-def]
 
 
 def _shape(recipe: Recipe):  # type: ignore[no-untyped-def]
-    from guard_training.export import shape
+    from guard_training.nano.export import shape
 
     return shape(recipe)
 

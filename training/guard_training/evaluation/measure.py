@@ -29,8 +29,8 @@ from rich.table import Table
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import Blob, Conversation, Message, Part, Text, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, decode_answer, encode_request
-from guard_training.corpus import Row, read_rows
-from guard_training.stats import Rate, confusion, f1_interval, percentile
+from guard_training.corpus.rows import Row, read_rows
+from guard_training.evaluation.stats import Rate, confusion, f1_interval, percentile
 
 START_SECONDS = 120.0
 DEADLINE_SECONDS = 120.0

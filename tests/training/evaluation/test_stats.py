@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guard_training.stats import Confusion, Rate, confusion, f1_interval, percentile
+from guard_training.evaluation.stats import Confusion, Rate, confusion, f1_interval, percentile
 
 
 @pytest.mark.parametrize(

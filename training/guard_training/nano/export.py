@@ -11,12 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 from transformers.trainer_utils import get_last_checkpoint
 
-from guard_training.corpus import Row
-from guard_training.model import Shape, image_processor
-from guard_training.pictures import typographic
-from guard_training.recipe import Recipe
-from guard_training.render import HELD_OUT_FONTS
-from guard_training.teacher import form
+from guard_training.corpus.rows import Row
+from guard_training.nano.model import Shape, image_processor
+from guard_training.nano.pictures import typographic
+from guard_training.nano.recipe import Recipe
+from guard_training.nano.render import HELD_OUT_FONTS
+from guard_training.nano.teacher import form
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 

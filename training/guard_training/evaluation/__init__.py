@@ -1,0 +1,1 @@
+"""Measuring a guard: benchmarks, metrics with intervals, robustness, the reasoning audit, reports."""
