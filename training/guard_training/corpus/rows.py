@@ -15,9 +15,9 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from guard_middleware.types import Label
 
@@ -28,7 +28,10 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One labelled case. A label None means that the source does not label that side."""
+    """One labelled case. A label None means that the source does not label that side.
+
+    ``rationale`` is the text between ``<think>`` and ``</think>`` that a teacher wrote for it.
+    """
 
     id: str
     source: str
@@ -39,12 +42,66 @@ class Row:
     category: str | None = None
     licence: str = ""
     image: Path | None = None
+    rationale: str | None = None
+
+
+@dataclass(slots=True)
+class Skipped:
+    """Lines that could not be used, as ``file:line: reason``. Commands go on with the good ones and print a summary."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def __call__(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+    def summary(self, shown: int = 5) -> str:
+        """``3 rows left out:`` and the first reasons, or nothing."""
+        if not self.reasons:
+            return ""
+        more = [f"... and {len(self.reasons) - shown} more"] if len(self.reasons) > shown else []
+        return "\n  ".join([f"{len(self.reasons)} rows left out:", *self.reasons[:shown], *more])
+
+
+def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
+    """Like ``read_rows``, but a bad line goes to ``skipped`` and the reading goes on."""
+    rows = []
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    rows.append(_row(line, number, path))
+                except CorpusError as error:
+                    skipped(str(error))
+    return rows
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file, or a gzipped one."""
+    return cast(
+        TextIO, gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    )
+
+
+def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
+    """The row as ``read_rows`` takes it back from a file in ``folder``, which must hold its image."""
+    return {
+        "id": row.id,
+        "source": row.source,
+        "licence": row.licence,
+        "kind": "mm" if row.image else "pair" if row.response else "prompt",
+        "prompt": row.prompt,
+        "response": row.response,
+        "prompt_label": row.request,
+        "response_label": row.response_label,
+        "category": row.category,
+        "image": str(row.image.resolve().relative_to(folder.resolve())) if row.image else None,
+        "rationale": row.rationale,
+    }
 
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. Raises ``CorpusError``."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with open_text(path) as lines:
         return [_row(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -65,6 +122,7 @@ def _row(line: str, number: int, path: Path) -> Row:
             category=value.get("category"),
             licence=value.get("licence") or "",
             image=picture,
+            rationale=value.get("rationale") or None,
         )
     except CorpusError:
         raise

@@ -1,0 +1,21 @@
+"""The journal of a command that may be killed at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from guard_training.journal import Journal
+
+
+def test_a_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"id": "a", "value": 1})
+        journal.append({"id": "b", "value": "ä"})
+    with path.open("ab") as file:
+        file.write(b'{"id": "c", "val')
+    with Journal(path) as journal:
+        assert journal.done == {"a", "b"}
+        journal.append({"id": "c", "value": 3})
+    with Journal(path) as journal:
+        assert [line["value"] for line in journal] == [1, "ä", 3]
