@@ -9,9 +9,10 @@ from PIL import Image
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import Blob, Text, Usage, Verdict
 from guard_training.cli import main, parser
+from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.card import BEGIN, END, write_results
-from guard_training.evaluation.measure import Asked, conversation, sample, summarise
+from guard_training.evaluation.measure import Asked, sample, summarise
 from guard_training.nano.recipe import RecipeError, default_recipe, read_recipe, recipe, stages
 
 

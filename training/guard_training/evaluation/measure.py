@@ -21,20 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from guard_middleware.errors import GuardError, GuardErrorKind
-from guard_middleware.types import Blob, Conversation, Message, Part, Text, Verdict
+from guard_middleware.types import Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, decode_answer, encode_request
+from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import Row, read_rows
 from guard_training.evaluation.stats import Rate, confusion, f1_interval, percentile
 
 START_SECONDS = 120.0
 DEADLINE_SECONDS = 120.0
-_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 class WorkerFailed(RuntimeError):
@@ -48,19 +47,6 @@ class Asked:
     row: Row
     outcome: Verdict | GuardError
     seconds: float
-
-
-def conversation(row: Row) -> Conversation:
-    """The row as the gateway would see it: image (if any) and prompt from the user, the response as the answer."""
-    parts: list[Part] = []
-    if row.image is not None:
-        with Image.open(row.image) as image:
-            mime = _FORMATS[image.format or ""]
-        parts.append(Blob(mime, row.image.read_bytes()))
-    if row.prompt or not parts:
-        parts.append(Text(row.prompt))
-    answer = Message("assistant", (Text(row.response),)) if row.response and row.response_label else None
-    return Conversation((Message("user", tuple(parts)),), answer=answer)
 
 
 @contextlib.contextmanager

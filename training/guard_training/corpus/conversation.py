@@ -1,0 +1,32 @@
+"""A labelled row as the gateway would see it.
+
+Refuses: an image that is no PNG, JPEG or WebP, or that cannot be opened.
+"""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from guard_middleware.types import Blob, Conversation, Message, Part, Text
+from guard_training.corpus.rows import CorpusError, Row
+
+_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+
+
+def conversation(row: Row) -> Conversation:
+    """Image (if any) and prompt from the user, the response as the answer where it is labelled.
+
+    Raises ``CorpusError`` for an image that cannot be judged.
+    """
+    parts: list[Part] = []
+    if row.image is not None:
+        try:
+            with Image.open(row.image) as image:
+                mime = _FORMATS[image.format or ""]
+        except (OSError, KeyError):
+            raise CorpusError(f"{row.id}: {row.image.name} is no readable PNG, JPEG or WebP image") from None
+        parts.append(Blob(mime, row.image.read_bytes()))
+    if row.prompt or not parts:
+        parts.append(Text(row.prompt))
+    answer = Message("assistant", (Text(row.response),)) if row.response and row.response_label else None
+    return Conversation((Message("user", tuple(parts)),), answer=answer)
