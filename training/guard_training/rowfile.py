@@ -1,0 +1,83 @@
+"""What the commands that write a file of rows share: settings that a resumed command must repeat, images in place.
+
+Refuses: going on with an output that was begun with other settings or other inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from guard_training.corpus.rows import Row
+
+Modality = Literal["text", "image", "text_image"]
+
+
+class OutputError(ValueError):
+    """An output that cannot be gone on with; the message says what to do instead."""
+
+
+def modality(row: Row) -> Modality:
+    """As the paper counts (Table 6): an image alone, or with words beside it."""
+    if row.image is None:
+        return "text"
+    return "text_image" if row.prompt.strip() or row.response else "image"
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def begin(output: Path, settings: Mapping[str, Any]) -> bool:
+    """Notes a command's settings beside its output; True where the output is gone on with.
+
+    Raises ``OutputError`` where it was begun with others, naming those that differ.
+    """
+    note = output.with_name(f"{output.name}.settings.json")
+    text = json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False)
+    if note.is_file():
+        begun = json.loads(note.read_text("utf-8"))
+        wanted = json.loads(text)
+        other = sorted(key for key in begun.keys() | wanted.keys() if begun.get(key) != wanted.get(key))
+        if other:
+            raise OutputError(
+                f"{output} was begun with other settings ({', '.join(other)}): "
+                f"repeat them, delete it and {note.name}, or give another --output"
+            )
+        return True
+    if output.exists():
+        raise OutputError(f"{output} exists and no {note.name} says how it was made; give another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(note, text.encode() + b"\n")
+    return False
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a kill leaves either all of it or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def bring_image(row: Row, folder: Path) -> Row:
+    """The row with its image inside ``folder``: left there, or linked (else copied) to ``images/<digest>``."""
+    if row.image is None or row.image.resolve().is_relative_to(folder.resolve()):
+        return row
+    target = folder / "images" / f"{digest(row.image)[:32]}{row.image.suffix.lower()}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            os.link(row.image.resolve(), part)
+        except OSError:
+            shutil.copyfile(row.image, part)
+        part.replace(target)
+    return replace(row, image=target)

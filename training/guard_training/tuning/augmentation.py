@@ -1,0 +1,108 @@
+"""The run behind ``guard-train augment``: reads rows, plans the mixes, writes rows and mixes into one journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, read_good_rows, row_to_json
+from guard_training.journal import Journal
+from guard_training.rowfile import begin, bring_image, digest
+from guard_training.tuning.concatenation import Options, compose, count_for, plan, size_of
+
+
+def augment(
+    source: Path,
+    output: Path,
+    options: Options,
+    *,
+    share: float,
+    seed: int,
+    held_out_share: float,
+    separator: str,
+    console: Console,
+) -> None:
+    """Writes ``output`` (and the held-out rows beside it); goes on with one that was begun.
+
+    Raises ``ValueError`` where the rows do not give enough pairs, and ``OutputError`` for an output of another run.
+    """
+    skipped = Skipped()
+    rows = _usable(read_good_rows(source, skipped), skipped)
+    validation = [row for row in rows if held_out(row.id, held_out_share)]
+    kept = [row for row in rows if not held_out(row.id, held_out_share)]
+    mixes = plan(kept, count_for(len(kept), share), options, seed=seed)
+    settings = {"command": "augment", "seed": seed, "share": share, "held_out": held_out_share, **asdict(options)}
+    begin(output, {**settings, "separator": separator, "rows": digest(source)})
+
+    with Journal(output) as journal, Progress(console=console) as progress:
+        task = progress.add_task("mixing", total=len(kept) + len(mixes))
+        for row in kept:
+            if row.id not in journal.done:
+                journal.append(row_to_json(bring_image(row, output.parent), output.parent))
+            progress.advance(task)
+        for mix in mixes:
+            if mix.id not in journal.done:
+                try:
+                    made = compose(mix, output.parent, options, separator=separator)
+                except CorpusError as error:
+                    skipped(f"{mix.id}: {error}")
+                else:
+                    journal.append({**row_to_json(made, output.parent), "concatenation": mix.provenance()})
+            progress.advance(task)
+    if validation:
+        with Journal(output.with_name(f"{output.stem}.validation.jsonl")) as journal:
+            for row in validation:
+                if row.id not in journal.done:
+                    journal.append(row_to_json(bring_image(row, output.parent), output.parent))
+    with Journal(output) as journal:
+        console.print(table(journal))
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False)
+
+
+def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
+    """Rows with a label and, where they have one, an image that opens; each id once."""
+    seen, kept = set[str](), []
+    for row in rows:
+        try:
+            if row.id in seen:
+                raise CorpusError("a second row with this id")
+            if row.request is None and row.response_label is None:
+                raise CorpusError("no label at all")
+            if row.image is not None:
+                size_of(row.image)
+        except CorpusError as error:
+            skipped(f"{row.id}: {error}")
+        else:
+            kept.append(row)
+        seen.add(row.id)
+    return kept
+
+
+def table(lines: Iterable[dict[str, Any]]) -> Table:
+    """Rows by what they are (plain, or the layout of the mix) and by label."""
+    labels = ("harmful", "unharmful", None)
+    counts: dict[str, Counter[tuple[str, str | None]]] = {}
+    for line in lines:
+        mixed = line.get("concatenation")
+        name = "as given" if mixed is None else f"mixed, {mixed['layout'] or 'text only'}"
+        counts.setdefault(name, Counter()).update(
+            [("rows", None), ("request", line["prompt_label"]), ("response", line["response_label"])]
+        )
+    out = Table(title="Rows by label")
+    out.add_column("rows")
+    out.add_column("number", justify="right")
+    for side in ("request", "response"):
+        for label in labels:
+            out.add_column(f"{side}\n{label or 'none'}", justify="right")
+    for name, found in counts.items():
+        numbers = [found[side, label] for side in ("request", "response") for label in labels]
+        out.add_row(name, str(found["rows", None]), *map(str, numbers))
+    return out
