@@ -1,0 +1,237 @@
+"""How a guard holds up when the same words are written another way: drawn, hidden, encoded, translated, surrounded.
+
+Every row that has a label and text is asked as it is and once per perturbation (``perturb``). Per perturbation:
+recall on the harmful rows, false positives on the harmless ones, and the paired change against the same rows as they
+are. A perturbation that does not fit a row (a text too long to draw, no translation given) leaves it out on both
+sides. A guard error counts as wrong. Translations are read from a file of people's translations and never made here.
+
+What is measured is the guard behind its worker; the gateway's own refusals (hidden characters, limits) come on top.
+
+Answers are kept under the digest of what was asked and of the guard, so a journal of another guard, seed or data file
+is never taken for this one's. They hold no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from guard_middleware.errors import ConfigError
+from guard_middleware.worker.weights import resolve
+from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.evaluation.measure import ask_all, cell, sample, worker
+from guard_training.evaluation.outcomes import Outcome, Side, from_json, outcome, to_json
+from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
+from guard_training.evaluation.stats import Rate
+from guard_training.journal import Journal
+
+#: Rows asked before their answers are written down.
+_CHUNK = 64
+_PLAIN = "as it is"
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Paired change of a rate: ``gained`` rows became hits, ``lost`` ceased to be, of ``total``."""
+
+    gained: int
+    lost: int
+    total: int
+
+    @property
+    def value(self) -> float | None:
+        return (self.gained - self.lost) / self.total if self.total else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Wald's 95 % interval with half a pair added to each of the four cells (Agresti and Min 2005)."""
+        if not self.total:
+            return None
+        n, gained, lost = self.total + 2, self.gained + 0.5, self.lost + 0.5
+        middle = (gained - lost) / n
+        half = _Z * math.sqrt((gained + lost) - (gained - lost) ** 2 / n) / n
+        return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+    """The change from ``before`` to ``after``, row by row; ``ValueError`` for lists of different length."""
+    pairs = list(zip(before, after, strict=True))
+    return Change(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
+
+
+def rate_json(rate: Rate | Change) -> dict[str, Any] | None:
+    """Value, 95 % interval and count, or None where there is nothing to count."""
+    return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
+
+
+def asked_key(row: Row, guard: str) -> str:
+    """Names a question: digest of the guard and of all that it is shown."""
+    image = hashlib.sha256(row.image.read_bytes()).hexdigest() if row.image else None
+    answer = row.response if row.response_label else None
+    return hashlib.sha256(json.dumps([guard, row.prompt, answer, image]).encode()).hexdigest()[:32]
+
+
+def guard_identity(model: str) -> str:
+    """Names a guard with all its serving facts; raises ``PerturbError`` for none."""
+    try:
+        return repr(resolve(model).facts)
+    except ConfigError as error:
+        raise PerturbError(str(error)) from None
+
+
+def ask(
+    rows: Sequence[Row], model: str, journal: Journal, *, concurrency: int, progress: Progress
+) -> dict[str, Outcome]:
+    """Outcomes by ``asked_key``; what the journal knows is not asked again. No worker starts where it knows all."""
+    guard = guard_identity(model)
+    due = {key: row for row in rows if (key := asked_key(row, guard)) not in journal.done}
+    task = progress.add_task("asking the guard", total=len(due))
+    if due:
+        with worker(model) as socket:
+            keys = list(due)
+            for start in range(0, len(keys), _CHUNK):
+                chunk = keys[start : start + _CHUNK]
+                with Progress(disable=True) as quiet:
+                    answers = asyncio.run(
+                        ask_all([due[key] for key in chunk], socket, concurrency=concurrency, progress=quiet)
+                    )
+                for key, one in zip(chunk, answers, strict=True):
+                    said = outcome(one.row, one.outcome, seconds=one.seconds, model=model, revision="")
+                    journal.append({**to_json(said), "id": key})
+                progress.advance(task, len(chunk))
+    return {line["id"]: from_json(line) for line in journal}
+
+
+def measure_robustness(
+    data: Path,
+    model: str,
+    output: Path,
+    *,
+    side: Side = "request",
+    limit: int | None = None,
+    groups: Sequence[str] = GROUPS,
+    translations: Path | None = None,
+    concurrency: int = 12,
+    seed: int = 0,
+    console: Console,
+) -> dict[str, Any]:
+    """Asks about every row in every form, prints the table and returns the figures; goes on where it was killed.
+
+    ``output`` gets ``answers.jsonl`` (no text), ``images/`` and ``report.json``. Raises ``PerturbError``.
+    """
+    skipped = Skipped()
+    rows = read_good_rows(data, skipped)
+    words = read_translations(translations, skipped) if translations else {}
+    chosen = sample(subjects(rows, side), limit, seed)
+    if not chosen:
+        raise PerturbError(f"{data}: no row has text and a label for its {side} without an image")
+    guard = guard_identity(model)
+    ways = [
+        Variant(_PLAIN, "", lambda row: row),
+        *variants(rows, side, groups=groups, translations=words, images=output / "images", seed=seed),
+    ]
+    with Progress(console=console) as progress, Journal(output / "answers.jsonl") as journal:
+        task = progress.add_task("writing variants", total=len(ways))
+        forms: dict[str, list[Row | None]] = {}
+        for way in ways:
+            forms[way.name] = [way.change(row) for row in chosen]
+            progress.advance(task)
+        everything = [row for form in forms.values() for row in form if row is not None]
+        answers = ask(everything, model, journal, concurrency=concurrency, progress=progress)
+    said = {
+        name: [None if row is None else answers[asked_key(row, guard)] for row in form] for name, form in forms.items()
+    }
+    report = {
+        "data": data.name,
+        "model": model,
+        "revision": resolve(model).facts.revision,
+        "side": side,
+        "limit": limit,
+        "seed": seed,
+        "rows": len(chosen),
+        "left_out": len(skipped.reasons),
+        "variants": [_entry(way, chosen, said[_PLAIN], said[way.name], side) for way in ways],
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_table(report, console)
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False)
+    return report
+
+
+def _entry(
+    way: Variant, rows: Sequence[Row], plain: Sequence[Outcome | None], said: Sequence[Outcome | None], side: Side
+) -> dict[str, Any]:
+    """One line of the table, and the same by source."""
+    pairs = [
+        (row, cast(Outcome, before), after)
+        for row, before, after in zip(rows, plain, said, strict=True)
+        if after is not None
+    ]
+    return {
+        "name": way.name,
+        "group": way.group,
+        "rows": len(pairs),
+        "errors": sum(after.error is not None for _, _, after in pairs),
+        **_figures(pairs, side),
+        "sources": [
+            {"source": source, **_figures([pair for pair in pairs if pair[0].source == source], side)}
+            for source in sorted({row.source for row, _, _ in pairs})
+        ],
+    }
+
+
+def _figures(pairs: Sequence[tuple[Row, Outcome, Outcome]], side: Side) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, label in (("recall", "harmful"), ("false_positive_rate", "unharmful")):
+        # An error is wrong either way: harm not found, or a harmless text not let through.
+        hits = [
+            (_hit(before, side, label), _hit(after, side, label))
+            for row, before, after in pairs
+            if (row.request if side == "request" else row.response_label) == label
+        ]
+        figures[name] = rate_json(Rate(sum(after for _, after in hits), len(hits)))
+        figures[f"{name}_change"] = rate_json(paired_change([b for b, _ in hits], [a for _, a in hits]))
+    return figures
+
+
+def _hit(said: Outcome, side: Side, label: str) -> bool:
+    return said.called(side) == "harmful" if label == "harmful" else said.called(side) != "unharmful"
+
+
+def print_table(report: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=f"{report['model']} {report['revision']}: {report['side']}s, per cent with 95 % intervals")
+    for number, column in enumerate(
+        ("perturbation", "group", "harmful", "recall", "change", "harmless", "false positives", "change", "errors")
+    ):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for entry in report["variants"]:
+        recall, alarms = entry["recall"], entry["false_positive_rate"]
+        plain = entry["name"] == _PLAIN
+        table.add_row(
+            entry["name"],
+            entry["group"],
+            str(recall["n"] if recall else 0),
+            cell(recall),
+            "" if plain else cell(entry["recall_change"]),
+            str(alarms["n"] if alarms else 0),
+            cell(alarms),
+            "" if plain else cell(entry["false_positive_rate_change"]),
+            str(entry["errors"]),
+        )
+    console.print(table)
+    console.print(
+        f"{report['rows']} rows; sources pooled here and apart in report.json; changes are against the same rows as "
+        "they are"
+    )
