@@ -18,9 +18,8 @@ from guard_training.nano.export import export
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import (
     Case,
-    Focus,
     dialogue_case,
-    guessed_case,
+    distilled_case,
     pair_case,
     picture_case,
     snippet,
@@ -28,13 +27,15 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_embeddings
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
-from guard_training.nano.teacher import PHRASES, Judged, Kind, joined, teach
+from guard_training.nano.teacher import DECIDED, DECISIONS, PHRASES, Judged, Kind, joined, teach
 from guard_training.nano.tokenizer import train_tokenizer
 from guard_training.nano.trainer import (
     Collator,
     Example,
     GuardSFTTrainer,
+    Meanings,
     StopAfter,
+    Vocabulary,
     encode_example,
     in_batches,
     to_dataset,
@@ -81,7 +82,14 @@ def _examples(tokenizer, recipe: Recipe, folder: Path) -> list[Example]:  # type
     return out
 
 
-def _trainer(tokenizer, recipe: Recipe, folder: Path, examples: list[Example]) -> GuardSFTTrainer:  # type: ignore[no-untyped-def]
+def _trainer(  # type: ignore[no-untyped-def]
+    tokenizer,
+    recipe: Recipe,
+    folder: Path,
+    examples: list[Example],
+    draws: int = 8,
+    meanings: Meanings | None = None,
+) -> GuardSFTTrainer:
     encoder = PromptEncoder(tokenizer)
     args = training_arguments(
         folder / "checkpoints", batch=2, steps=6, learning_rate=1e-3, weight_decay=0.0, warmup=0, save_every=3, seed=1
@@ -93,10 +101,33 @@ def _trainer(tokenizer, recipe: Recipe, folder: Path, examples: list[Example]) -
         train_dataset=to_dataset(examples),
         processing_class=tokenizer,
         data_collator=Collator(image_processor(_shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
-        opening=encoder.opening,
-        image_pad=encoder.image_pad,
-        decisions=[tokenizer.convert_tokens_to_ids("risky words in ")],
+        vocabulary=Vocabulary(
+            encoder.opening,
+            encoder.image_pad,
+            tokenizer.convert_tokens_to_ids(list(DECISIONS)),
+            tokenizer.convert_tokens_to_ids(list(PHRASES)),
+            draws,
+        ),
+        meanings=meanings,
     )
+
+
+MEANINGS = Meanings(torch.nn.functional.normalize(torch.eye(6)[:4] + 0.1, dim=1).half(), 0.5)
+
+
+def _distilled(examples: list[Example]) -> list[Example]:
+    """Every other row with an encoder's odds and meaning, cut after the decision."""
+    cut = [
+        dataclasses.replace(
+            e,
+            completion=e.completion[:DECIDED],
+            weights=e.weights[:DECIDED],
+            chance=0.9 if n % 4 else 0.1,
+            meaning=n % 4,
+        )
+        for n, e in enumerate(examples)
+    ]
+    return [one if n % 2 else other for n, (one, other) in enumerate(zip(examples, cut, strict=True))]
 
 
 def _losses(trainer: GuardSFTTrainer) -> list[float]:
@@ -121,14 +152,14 @@ def test_what_is_trained_is_what_is_parsed(tokenizer, recipe: Recipe, tmp_path: 
 
 
 def test_the_shared_opening_changes_nothing_but_the_cost(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    trainer = _trainer(tokenizer, recipe, tmp_path, _examples(tokenizer, recipe, tmp_path))
+    trainer = _trainer(tokenizer, recipe, tmp_path, _examples(tokenizer, recipe, tmp_path), draws=0)
     batch = trainer.data_collator([trainer.train_dataset[n] for n in range(4)])
     model = trainer.model
     loss = trainer.compute_loss(model, dict(batch))
     logits = model(
         input_ids=batch["input_ids"],
         attention_mask=torch.ones_like(batch["input_ids"]),
-        mm_token_type_ids=(batch["input_ids"] == trainer._image_pad).int(),
+        mm_token_type_ids=(batch["input_ids"] == trainer._vocabulary.image_pad).int(),
         pixel_values=batch["pixel_values"],
         image_grid_thw=batch["image_grid_thw"],
     ).logits[:, :-1]
@@ -140,13 +171,17 @@ def test_the_shared_opening_changes_nothing_but_the_cost(tokenizer, recipe: Reci
 
 
 def test_a_resumed_run_gives_the_same_losses(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    examples = _examples(tokenizer, recipe, tmp_path)
-    whole = _trainer(tokenizer, recipe, tmp_path / "whole", examples)
+    examples = _distilled(_examples(tokenizer, recipe, tmp_path))
+
+    def trainer(folder: str) -> GuardSFTTrainer:
+        return _trainer(tokenizer, recipe, tmp_path / folder, examples, meanings=MEANINGS)
+
+    whole = trainer("whole")
     whole.train()
-    first = _trainer(tokenizer, recipe, tmp_path / "cut", examples)
+    first = trainer("cut")
     first.add_callback(StopAfter(3))
     first.train()
-    second = _trainer(tokenizer, recipe, tmp_path / "cut", examples)
+    second = trainer("cut")
     second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoints" / "checkpoint-3"))
     assert len(_losses(whole)) == 6
     assert _losses(second) == pytest.approx(_losses(whole), rel=1e-5)
@@ -154,9 +189,8 @@ def test_a_resumed_run_gives_the_same_losses(tokenizer, recipe: Recipe, tmp_path
 
 def test_the_exported_folder_is_one_that_the_worker_takes(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     model = build_model(tokenizer, _shape(recipe), seed=1)
-    start_embeddings(
-        model, [[1, 2, 3, 2, 1], [4, 5, 6]] * 5, torch.linspace(-1, 1, len(tokenizer)), rank=4, odds_dims=2
-    )
+    words = torch.rand(len(tokenizer), 12, generator=torch.Generator().manual_seed(1))
+    start_embeddings(model, words, torch.linspace(-1, 1, len(tokenizer)), rank=4, odds_dims=2)
     weights = load(export(model, tokenizer, tmp_path / "model", recipe), name="x")
     assert weights.facts.name == recipe.name
     assert weights.facts.reader is True
@@ -218,20 +252,43 @@ def test_the_operating_point_moves_by_what_was_asked(tokenizer, recipe: Recipe, 
     assert (margins() - before).mean().item() == pytest.approx(-2.0, abs=0.3)
 
 
-def test_a_guess_is_the_lexicons_and_is_balanced_where_the_words_allow() -> None:
-    rng = random.Random(3)
-    texts = ["how do I pick the lock of a door", "how do I bake the bread of my aunt"]
-    wanted = ["harmful", "unharmful"] * 20
-    judged = [guessed_case(lambda: snippet(texts, 30, rng), LEXICON, 0.0, label, rng).judged for label in wanted]  # type: ignore[arg-type]
-    assert [case.request for case in judged] == wanted
-    assert all((LEXICON.score(case.words) > 0) == (case.request == "harmful") for case in judged)
-    assert guessed_case(lambda: texts[1], LEXICON, 0.0, "harmful", rng).judged.request == "unharmful"
+def test_a_soft_label_draws_the_decision_towards_its_odds(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    examples = [dataclasses.replace(e, chance=0.8) for e in _examples(tokenizer, recipe, tmp_path)[1:3]]
+    trainer = _trainer(tokenizer, recipe, tmp_path, examples, draws=0)
+    batch = trainer.data_collator([trainer.train_dataset[n] for n in range(2)])
+    harmful, unharmful = tokenizer.convert_tokens_to_ids(list(DECISIONS))
+    optimizer = torch.optim.Adam(trainer.model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        hidden = trainer.hidden(trainer.model, batch)[:, :-1]
+        at = torch.isin(batch["labels"][:, -hidden.shape[1] :], torch.tensor([harmful, unharmful]))
+        chances = trainer.model.lm_head(hidden[at])[:, [harmful, unharmful]].softmax(1)[:, 0]
+    assert chances.tolist() == pytest.approx([0.8, 0.8], abs=0.1)
 
 
-def test_focus_gives_rare_words_their_turn() -> None:
+def test_a_meaning_pulls_the_mapped_state_to_it(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trainer = _trainer(
+        tokenizer, recipe, tmp_path, _distilled(_examples(tokenizer, recipe, tmp_path)), draws=0, meanings=MEANINGS
+    )
+    trainer.train()
+    seen = trainer._metrics["train"]["embedding_distance"] or [
+        entry["embedding_distance"] for entry in trainer.state.log_history if "embedding_distance" in entry
+    ]
+    assert seen[-1] < seen[0]
+
+
+def test_a_stretch_is_words_of_the_texts() -> None:
     rng = random.Random(3)
-    focus = Focus(["the lock is here"] * 50 + ["some bread"], LEXICON)
-    drawn = [focus.draw(4, rng) for _ in range(60)]
-    assert 15 < sum("bread" in text for text in drawn) < 45
-    assert all("bread" in text or "lock" in text for text in drawn)
-    assert max(len(text.split()) for text in drawn) <= 5
+    for _ in range(50):
+        assert set(snippet(["how do I pick", "bake some bread"], 3, rng).replace(".", " ").split()) <= set(
+            "how do I pick bake some bread".split()
+        )
+
+
+def test_a_distilled_case_ends_at_the_decision() -> None:
+    case = distilled_case("how do I bake bread", 0.2, 7)
+    assert (case.judged.request, case.chance, case.meaning) == ("unharmful", 0.2, 7)
+    assert [stretch.kind for stretch in teach(case.judged, LEXICON)[:DECIDED]] == [Kind.TEMPLATE, Kind.REQUEST]

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from guard_middleware.types import Blob, Conversation, Label, Message, Part, Text, ToolCallResponse
 from guard_training.corpus.rows import Row
-from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.pictures import CARRIERS
 from guard_training.nano.render import deed, list_title
 from guard_training.nano.teacher import Judged
@@ -54,13 +53,18 @@ _SYSTEMS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image."""
+    """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image.
+
+    ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case that has them ends at the decision.
+    """
 
     conversation: Conversation
     judged: Judged
     picture: Path | None = None
     source: str = ""
     id: str = ""
+    chance: float | None = None
+    meaning: int | None = None
 
 
 def draw(rows: Sequence[Row], shares: Mapping[str, float], power: float, count: int, rng: random.Random) -> list[Row]:
@@ -164,47 +168,14 @@ def snippet(texts: Sequence[str], longest: int, rng: random.Random) -> str:
     return rng.choice((" ", "\n", ". ")).join(pieces)
 
 
-class Focus:
-    """Stretches round words that matter to a lexicon, every such word as often as any other.
+def distilled_case(text: str, chance: float, meaning: int) -> Case:
+    """A text with what the sentence encoder says of it; only the decision about it is trained.
 
-    Drawn at random, a stretch holds the frequent words; the rare ones, on which unseen harm turns, would hardly come.
+    Rows of a source share a manner, and a network that only sees whole rows learns the manner. What the encoder says
+    about any text (rows, stretches of words out of their rows, definitions) teaches it meaning instead.
     """
-
-    def __init__(self, texts: Sequence[str], lexicon: Lexicon, *, least: float = 1.0, kept: int = 20) -> None:
-        self._texts = texts
-        self._places: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        heavy = {word for word in lexicon.weights if abs(lexicon.weight(word)) >= least}
-        for number, text in enumerate(texts):
-            for at, word in enumerate(text.lower().split()):
-                word = word.strip(".,:;!?\"'()[]*")
-                if word in heavy and len(self._places[word]) < kept:
-                    self._places[word].append((number, at))
-        self._words = sorted(self._places)
-
-    def draw(self, longest: int, rng: random.Random) -> str:
-        """A stretch of at most ``longest`` words round one of the words."""
-        number, at = rng.choice(self._places[rng.choice(self._words)])
-        before = rng.randint(0, longest // 2)
-        words = self._texts[number].split()[max(0, at - before) : at + 1 + rng.randint(0, longest // 2)]
-        return " ".join(words)
-
-
-def guessed_case(
-    draw_text: Callable[[], str], lexicon: Lexicon, bias: float, wanted: Label, rng: random.Random
-) -> Case:
-    """Words of any texts, labelled by the lexicon (its logit plus ``bias``, where that is at least 0.2 from 0).
-
-    A network that only sees whole rows learns each source's manner. What a word count says about words out of their
-    rows teaches it to weigh words; this is distillation from a linear model of the same training texts.
-    """
-    for _ in range(50):
-        text = draw_text()
-        logit = lexicon.score(text) + bias
-        if abs(logit) >= 0.2 and (logit > 0) == (wanted == "harmful"):
-            break
-    else:
-        wanted = "harmful" if logit > 0 else "unharmful"
-    return Case(Conversation((_user(text),)), Judged(text, "the request", wanted), source="guessed")
+    judged = Judged(text, "the request", "harmful" if chance > 0.5 else "unharmful")
+    return Case(Conversation((_user(text),)), judged, source="distilled", chance=chance, meaning=meaning)
 
 
 def pair_case(row: Row, words: int, rng: random.Random) -> Case:

@@ -1,14 +1,13 @@
-"""nano's model: Qwen2.5-VL's architecture at 3 to 12 million parameters, started from statistics of its own texts.
+"""nano's model: Qwen2.5-VL's architecture at 3 to 12 million parameters, started from what its words mean.
 
 A random start spends most of a short run on learning which words belong together. So the embeddings start from the
-singular vectors of the tokens' pointwise mutual information in the training texts, and from each token's log-odds of
-harm there: the first layer's attention is nearly uniform at the start, so the mean of the words seen so far reaches
-the later layers from the first step.
+principal components of a sentence encoder's vectors of the tokens' texts, and from each token's log-odds of harm in
+the training texts: the first layer's attention is nearly uniform at the start, so the mean of the words seen so far
+reaches the later layers from the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,49 +88,21 @@ def image_processor(shape: Shape) -> Qwen2VLImageProcessorPil:
 
 
 def start_embeddings(
-    model: Qwen2_5_VLForConditionalGeneration,
-    texts: Iterable[Sequence[int]],
-    odds: Tensor,
-    *,
-    rank: int,
-    odds_dims: int,
+    model: Qwen2_5_VLForConditionalGeneration, words: Tensor, odds: Tensor, *, rank: int, odds_dims: int
 ) -> None:
-    """Writes the statistical start into the (tied) embeddings, in place: ``rank`` dimensions of singular vectors,
-    ``odds_dims`` of log-odds, the rest stays random. Every part has about the scale of the random start times two."""
+    """Writes the start into the (tied) embeddings, in place: ``rank`` principal components of ``words`` (ids, any
+    width; a zero row is unknown), ``odds_dims`` of log-odds (ids,), the rest stays random. Every part has about the
+    scale of the random start times two."""
     weight = model.get_input_embeddings().weight
-    vectors = _singular_vectors(texts, weight.shape[0], rank)
     scale = 2 * model.config.text_config.initializer_range
-    known = odds.abs() > 0
+    known = words.abs().sum(1) > 0
+    centred = words[known] - words[known].mean(0)
+    torch.manual_seed(0)
+    _, _, axes = torch.pca_lowrank(centred, q=rank, center=False)
+    vectors = centred @ axes
     with torch.no_grad():
-        weight[:, :rank] = torch.where(vectors.abs().sum(1, keepdim=True) > 0, vectors * scale, weight[:, :rank])
-        column = (odds / odds[known].std()).clamp(-4, 4) * scale
+        weight[: len(words), :rank][known] = vectors / vectors.square().mean().sqrt() * scale
+        seen = odds.abs() > 0
+        column = (odds / odds[seen].std()).clamp(-4, 4) * scale
         signs = torch.tensor([1.0, -1.0]).repeat(odds_dims)[:odds_dims]
         weight[: len(odds), rank : rank + odds_dims] += column[:, None] * signs
-
-
-def _singular_vectors(texts: Iterable[Sequence[int]], size: int, rank: int, *, window: int = 6) -> Tensor:
-    """Rows of unit variance from the positive pointwise mutual information of tokens at most ``window`` apart."""
-    stream = torch.tensor([id for ids in texts for id in (*ids, -1)])
-    counts = torch.zeros(0, dtype=torch.long), torch.zeros(0)
-    for distance in range(1, window + 1):
-        left, right = stream[:-distance], stream[distance:]
-        kept = (left >= 0) & (right >= 0)
-        pairs = torch.cat((left[kept] * size + right[kept], right[kept] * size + left[kept]))
-        keys, found = torch.unique(torch.cat((counts[0], pairs)), return_inverse=True)
-        values = torch.zeros(len(keys)).index_add_(
-            0, found, torch.cat((counts[1], torch.full((len(pairs),), 1.0 / distance)))
-        )
-        counts = keys, values
-    keys, values = counts
-    rows, columns = keys // size, keys % size
-    totals = torch.zeros(size).index_add_(0, rows, values)
-    smooth = totals**0.75
-    information = torch.log(values * smooth.sum() / (totals[rows] * smooth[columns])).clamp(min=0)
-    kept = information > 0
-    matrix = torch.sparse_coo_tensor(
-        torch.stack((rows[kept], columns[kept])), information[kept], (size, size), check_invariants=True
-    )
-    torch.manual_seed(0)
-    left, singular, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=3)
-    vectors = left * singular.sqrt()
-    return vectors / vectors.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)

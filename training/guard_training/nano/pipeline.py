@@ -15,42 +15,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
+from guard_training.nano.bank import default_bank, read_bank
 from guard_training.nano.calibrate import shift_decision
 from guard_training.nano.drawn import DrawnText, Read
+from guard_training.nano.encoder import Embeddings
 from guard_training.nano.export import export, last_checkpoint, shape, write_held_out
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
     Case,
-    Focus,
     dialogue_case,
+    distilled_case,
     draw,
-    guessed_case,
     pair_case,
     picture_case,
-    snippet,
     text_case,
 )
 from guard_training.nano.model import build_model, image_processor, start_embeddings
 from guard_training.nano.pictures import typographic
+from guard_training.nano.pool import Pool, make_pool, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
-from guard_training.nano.teacher import DECISIONS, PHRASES, Kind, external, teach
+from guard_training.nano.teacher import DECIDED, DECISIONS, PHRASES, Kind, external, teach
 from guard_training.nano.tokenizer import train_tokenizer
 from guard_training.nano.trainer import (
     Collator,
     Example,
     GuardSFTTrainer,
+    Meanings,
     StopAfter,
+    Vocabulary,
     encode_example,
     in_batches,
     to_dataset,
     training_arguments,
 )
+from guard_training.nano.wordnet import FOLDER, definitions
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,9 @@ class Rows:
 
 
 def load_rows(data: Path, recipe: Recipe) -> Rows:
-    """Rows of the recipe's files, passages added."""
-    rows = unique_prompts(row for name in recipe.files for row in read_rows(data / name))
+    """Rows of the recipe's files and of the bank, passages added."""
+    labelled = [row for name in recipe.files for row in read_rows(data / name)]
+    rows = unique_prompts([*labelled, *read_bank(default_bank())])
     rows = [row for row in rows if row.source not in recipe.exclude]
     kept = [row for row in rows if not held_out(row.id, recipe.held_out)]
     rest = [row for row in rows if held_out(row.id, recipe.held_out)]
@@ -92,33 +98,28 @@ def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
     )
 
 
-def make_tokenizer(rows: Rows, recipe: Recipe) -> PreTrainedTokenizerFast:
+def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
     texts = [row.prompt[:4000] for row in rows.prompts] + [(row.response or "")[:1500] for row in rows.pairs]
-    return train_tokenizer([*texts, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
+    return train_tokenizer([*texts, *definitions, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
 
 
-def make_model(rows: Rows, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with its statistical start."""
+def make_model(
+    rows: Rows, tokenizer: PreTrainedTokenizerFast, words: Tensor, recipe: Recipe
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The model, started from the encoder's vectors of its ``words`` and from their odds of harm."""
     model = build_model(tokenizer, shape(recipe), seed=recipe.seed)
     encoder = PromptEncoder(tokenizer)
     ids = [encoder.plain(row.prompt[:1500]) for row in rows.prompts]
     harmful = [row.request == "harmful" for row in rows.prompts]
+    weights = balance([row.source for row in rows.prompts], harmful)
     odds, rarity, _ = fit_log_odds(
-        ids,
-        harmful,
-        balance([row.source for row in rows.prompts], harmful),
-        len(tokenizer),
-        steps=recipe.odds_steps,
-        penalty=recipe.odds_penalty,
+        ids, harmful, weights, len(tokenizer), steps=recipe.odds_steps, penalty=recipe.odds_penalty
     )
-    answers = [encoder.plain((row.response or "")[:1000]) for row in rows.pairs]
-    start_embeddings(model, ids + answers, odds * rarity, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
+    start_embeddings(model, words, odds * rarity, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
     return model
 
 
-def make_cases(
-    rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, lexicon: Lexicon, recipe: Recipe
-) -> list[Case]:
+def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, pool: Pool, recipe: Recipe) -> list[Case]:
     """The stream of cases, in order of drawing."""
     rng = random.Random(recipe.seed)
     by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
@@ -140,18 +141,15 @@ def make_cases(
     cases += [
         pair_case(_mixed(row, by_label, rng), words, rng) for row in _pairs(rows.pairs, recipe, wanted["pair"], rng)
     ]
-    texts = [row.prompt for row in (*rows.prompts, *rows.pairs) if row.prompt]
-    texts += [row.response for row in rows.pairs if row.response]
-    focus = Focus(texts, lexicon)
-
-    def words_out_of_rows() -> str:
-        if recipe.guess_focus and rng.random() < recipe.guess_focus:
-            return focus.draw(recipe.guess_words, rng)
-        return snippet(texts, recipe.guess_words, rng)
-
-    for number in range(wanted["guessed"]):
-        label: Label = "harmful" if number % 2 else "unharmful"
-        cases.append(guessed_case(words_out_of_rows, lexicon, recipe.guess_bias, label, rng))
+    numbers = {id(row): number for number, row in enumerate(rows.prompts)}
+    for group, share in recipe.pool_shares.items():
+        count = int(wanted["distilled"] * share)
+        drawn_numbers = (
+            [numbers[id(row)] for row in prompts(count)]
+            if group == "prompts"
+            else [pool.draw(group, rng) for _ in range(count)]
+        )
+        cases += [distilled_case(pool.texts[n], float(pool.chances[n]), n) for n in drawn_numbers]
     pictures = [*typographic_rows, *rows.pictures]
     shares = {"typographic": 6.0}
     for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
@@ -194,7 +192,18 @@ def encode_cases(
         found = [drawn(blob.data) for blob in case.conversation.blobs()]
         reasoning = rationales.get(case.id)
         stretches = external(reasoning, case.judged) if reasoning else teach(case.judged, lexicon)
-        example = encode_example(render(case.conversation, found), stretches, weights, encoder, tokenizer, case.picture)
+        closed = case.chance is None
+        example = encode_example(
+            render(case.conversation, found),
+            stretches if closed else stretches[:DECIDED],
+            weights,
+            encoder,
+            tokenizer,
+            case.picture,
+            chance=case.chance,
+            meaning=case.meaning,
+            closed=closed,
+        )
         if len(example.prompt) <= 2 * recipe.window_tokens:
             examples.append(example)
         progress.advance(task)
@@ -208,6 +217,7 @@ def train_nano(
     read: Read,
     *,
     rationales: Mapping[str, str],
+    wordnet: Path = FOLDER,
     stop_after: int | None = None,
 ) -> Path:
     """Makes the guard and returns its folder; continues a run that was stopped.
@@ -218,7 +228,24 @@ def train_nano(
     with Progress() as progress:
         rows = load_rows(data, recipe)
         lexicon = make_lexicon(rows, recipe)
-        tokenizer = make_tokenizer(rows, recipe)
+        glosses = definitions(wordnet)
+        tokenizer = make_tokenizer(rows, glosses, recipe)
+        kept = Embeddings(output / "embeddings")
+        words = word_vectors(tokenizer, kept, progress)
+        pool = make_pool(
+            rows.prompts,
+            [row.response for row in rows.pairs if row.response],
+            glosses[: recipe.definitions],
+            lexicon,
+            stretches=recipe.stretches,
+            words=recipe.stretch_words,
+            penalty=recipe.head_penalty,
+            sharpness=recipe.head_sharpness,
+            lexicon_share=recipe.lexicon_share,
+            seed=recipe.seed,
+            kept=kept,
+            progress=progress,
+        )
         pictures = typographic(
             rows.prompts, count=recipe.images, fonts=TRAIN_FONTS, folder=output / "images", seed=recipe.seed
         )
@@ -231,12 +258,12 @@ def train_nano(
             progress.advance(task)
         staged = []
         for stage in stages(recipe):
-            cases = make_cases(rows, pictures, drawn, lexicon, stage)
+            cases = make_cases(rows, pictures, drawn, pool, stage)
             encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
             staged.append(in_batches(encoded, stage.batch, stage.seed))
-    model = make_model(rows, tokenizer, recipe)
+    model = make_model(rows, tokenizer, words, recipe)
     for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):
-        trainer = _train(model, tokenizer, examples, stage, output / f"checkpoints-{number}", stop_after)
+        trainer = _train(model, tokenizer, examples, stage, pool, output / f"checkpoints-{number}", stop_after)
         model = trainer.model
         if stop_after:
             break
@@ -256,6 +283,7 @@ def _train(
     tokenizer: PreTrainedTokenizerFast,
     examples: Sequence[Example],
     recipe: Recipe,
+    pool: Pool,
     checkpoints: Path,
     stop_after: int | None,
 ) -> GuardSFTTrainer:
@@ -276,9 +304,10 @@ def _train(
         train_dataset=to_dataset(examples),
         processing_class=tokenizer,
         data_collator=Collator(image_processor(shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
-        opening=encoder.opening,
-        image_pad=encoder.image_pad,
-        decisions=_decisions(tokenizer),
+        vocabulary=Vocabulary(
+            encoder.opening, encoder.image_pad, _decisions(tokenizer), tokenizer.convert_tokens_to_ids(list(PHRASES))
+        ),
+        meanings=Meanings(pool.vectors, recipe.embedding_weight),
     )
     if stop_after:
         trainer.add_callback(StopAfter(stop_after))

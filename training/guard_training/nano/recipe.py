@@ -30,9 +30,14 @@ class Recipe:
     harmful_share: float
     source_shares: dict[str, float]
     kind_shares: dict[str, float]
-    guess_bias: float
-    guess_words: int
-    guess_focus: float
+    pool_shares: dict[str, float]
+    stretches: int
+    stretch_words: int
+    definitions: int
+    head_penalty: float
+    head_sharpness: float
+    lexicon_share: float
+    embedding_weight: float
     prompt_words: int
     images: int
     held_out_images: int

@@ -109,6 +109,8 @@ PHRASES: tuple[str, ...] = (
     _REQUEST, _RESPONSE, _NONE, _CLOSE,
 )  # fmt: skip
 
+#: The stretches of a completion up to the request's decision.
+DECIDED = 2
 #: The phrases that decide about the request, harmful first.
 DECISIONS = (_IN["harmful"], _IN["unharmful"])
 

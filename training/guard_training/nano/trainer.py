@@ -1,9 +1,12 @@
 """Reasoning SFT on TRL's SFTTrainer, made cheap enough for two CPU cores.
 
-Three changes to the stock trainer. The opening of every prompt (the system turn, half of a short row) is the same
+Four changes to the stock trainer. The opening of every prompt (the system turn, half of a short row) is the same
 tokens in every row, so it runs once per batch and its keys and values are expanded, with gradients. The vocabulary's
-logits are computed at labelled positions only. And each labelled token has a weight, so that a decision counts for
-more than the phrase round it. Rows come in an order fixed beforehand, in batches of like length.
+logits are computed at labelled positions only, and over the ids that the batch writes, all phrases, and a draw of
+other ids (a sampled softmax). Each labelled token has a weight, so that a decision counts for more than the phrase
+round it. And a row may carry what a sentence encoder says of its text: the odds of harm as a soft target where the
+request is decided, and its embedding, which a linear map of the hidden state there has to match (the map is thrown
+away after training). Rows come in an order fixed beforehand, in batches of like length.
 
 Checkpoints of Qwen2.5-VL resume with *no weights at all* in stock Trainer (the saved names are the legacy ones, and
 the load is not strict); ``_load_from_checkpoint`` repairs that.
@@ -29,16 +32,24 @@ from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_imag
 from guard_training.nano.teacher import Kind, Stretch
 
 IGNORED = -100
+#: the linear map to the encoder's embeddings, beside a checkpoint's weights
+_MAP = "map.pt"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as ids. ``weights`` has one number per completion token; ``picture`` is the path of its only image."""
+    """One row as ids. ``weights`` has one number per completion token; ``picture`` is the path of its only image.
+
+    ``chance`` is the encoder's probability of harm, which replaces the label where the request is decided; ``meaning``
+    is the row of the encoder's embedding of the text in the trainer's table.
+    """
 
     prompt: list[int]
     completion: list[int]
     weights: list[float]
     picture: str | None = None
+    chance: float | None = None
+    meaning: int | None = None
 
 
 def encode_example(
@@ -48,17 +59,22 @@ def encode_example(
     encoder: PromptEncoder,
     tokenizer: PreTrainedTokenizerFast,
     picture: Path | None = None,
+    *,
+    chance: float | None = None,
+    meaning: int | None = None,
+    closed: bool = True,
 ) -> Example:
-    """A case as the worker would encode it, and what the guard should write."""
+    """A case as the worker would encode it, and what the guard should write; not ``closed`` is only a beginning."""
     ids: list[int] = []
     values: list[float] = []
     for stretch in stretches:
         piece = tokenizer.encode(stretch.text, add_special_tokens=False)
         ids += piece
         values += [weights[stretch.kind]] * len(piece)
-    ids.append(encoder.im_end)
-    values.append(weights[Kind.TEMPLATE])
-    return Example(encoder.encode(transcript).ids, ids, values, str(picture) if picture else None)
+    if closed:
+        ids.append(encoder.im_end)
+        values.append(weights[Kind.TEMPLATE])
+    return Example(encoder.encode(transcript).ids, ids, values, str(picture) if picture else None, chance, meaning)
 
 
 def in_batches(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -84,6 +100,8 @@ def to_dataset(examples: Sequence[Example]) -> Dataset:
             "labels": [[IGNORED] * len(e.prompt) + e.completion for e in examples],
             "loss_weights": [[0.0] * len(e.prompt) + e.weights for e in examples],
             "picture": [e.picture or "" for e in examples],
+            "chance": [-1.0 if e.chance is None else e.chance for e in examples],
+            "meaning": [-1 if e.meaning is None else e.meaning for e in examples],
         }
     )
 
@@ -113,45 +131,110 @@ class Collator:
             return torch.tensor([line[column] + [filler] * (longest - len(line[column])) for line in lines])
 
         batch = {"input_ids": padded(0, self._pad), "labels": padded(1, IGNORED), "loss_weights": padded(2, 0.0)}
+        batch["chance"] = torch.tensor([row["chance"] for row in rows])
+        batch["meaning"] = torch.tensor([row["meaning"] for row in rows])
         if pixels:
             batch |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
         return batch
 
 
-class GuardSFTTrainer(SFTTrainer):
-    """``opening`` are the ids that every row begins with."""
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Ids that the loss treats apart: the shared ``opening``, the image pad, the request's ``decisions`` (harmful
+    first), and ``phrases``, which stand in every softmax beside ``draws`` other ids (0 takes them all)."""
 
-    def __init__(self, *args: Any, opening: Sequence[int], image_pad: int, decisions: Sequence[int], **kwargs: Any):
+    opening: Sequence[int]
+    image_pad: int
+    decisions: Sequence[int]
+    phrases: Sequence[int]
+    draws: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Meanings:
+    """The encoder's embeddings (texts, dimensions), of unit length, and the weight of matching them in the loss."""
+
+    table: Tensor
+    weight: float
+
+
+class GuardSFTTrainer(SFTTrainer):
+    """``meanings`` None trains without embeddings."""
+
+    def __init__(self, *args: Any, vocabulary: Vocabulary, meanings: Meanings | None = None, **kwargs: Any):
+        self.meanings = meanings
+        self.map: torch.nn.Linear | None = None
         super().__init__(*args, **kwargs)
-        self._opening = torch.tensor([list(opening)])
-        self._image_pad = image_pad
-        self._decisions = torch.tensor(list(decisions))
+        self._vocabulary = vocabulary
+        self._opening = torch.tensor([list(vocabulary.opening)])
+        self._decisions = torch.tensor(list(vocabulary.decisions))
+        if meanings is not None:
+            width = self.model.get_input_embeddings().weight.shape[1]
+            self.map = torch.nn.Linear(width, meanings.table.shape[1])
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.map is not None:
+            optimizer.add_param_group({"params": list(self.map.parameters()), "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.map is not None:
+            self.map.zero_grad()  # Trainer zeroes the model's gradients, not the optimizer's
+        return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the labelled tokens, weighted."""
-        hidden = self.hidden(model, inputs)
+        """Mean cross-entropy of the labelled tokens, weighted, plus the distance to the encoder's embeddings."""
+        hidden = self.hidden(model, inputs)[:, :-1]
         labels = inputs["labels"][:, self._opening.shape[1] + 1 :]
         weights = inputs["loss_weights"][:, self._opening.shape[1] + 1 :]
         chosen = labels != IGNORED
-        logits = model.lm_head(hidden[:, :-1][chosen])
         wanted, weight = labels[chosen], weights[chosen]
-        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        candidates = self._candidates(wanted, model.config.get_text_config().vocab_size)
+        logits = hidden[chosen] @ model.get_output_embeddings().weight[candidates].T
+        log_chances = logits.log_softmax(-1)
+        at = torch.searchsorted(candidates, wanted)
+        losses = -log_chances.gather(1, at[:, None])[:, 0]
+        deciding = torch.isin(wanted, self._decisions)
+        chance = inputs["chance"][:, None].expand_as(labels)[chosen]
+        soft = deciding & (chance >= 0)
+        sides = torch.searchsorted(candidates, self._decisions)
+        shares = torch.stack((chance[soft], 1 - chance[soft]), 1)
+        losses = losses.masked_scatter(soft, -(shares * log_chances[soft][:, sides]).sum(1))
         loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
-            decided = torch.isin(wanted, self._decisions) & (weight > 0)
-            right = (logits.argmax(-1) == wanted)[decided].float()
+            sure = deciding & (weight > 0) & ((chance < 0) | ((chance - 0.5).abs() > 0.25))
+            right = (logits[:, sides].argmax(1) == (wanted == self._decisions[1]).int())[sure]
             if len(right):
-                self._metrics["train" if model.training else "eval"]["decision_accuracy"].append(right.mean().item())
+                found["decision_accuracy"] = right.float().mean()
+        known = inputs["meaning"] >= 0
+        if self.map is not None and self.meanings is not None and bool(known.any()):
+            first = torch.isin(labels, self._decisions).int().argmax(1)
+            made = self.map(hidden[torch.arange(len(hidden)), first][known])
+            meant = self.meanings.table[inputs["meaning"][known]].float()
+            distance = 1 - torch.nn.functional.cosine_similarity(made, meant).mean()
+            found["embedding_distance"] = distance.detach()
+            loss = loss + self.meanings.weight * distance
+        for name, value in found.items():
+            self._metrics["train" if model.training else "eval"][name].append(value.item())
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _candidates(self, wanted: Tensor, size: int) -> Tensor:
+        if not self._vocabulary.draws:
+            return torch.arange(size)
+        draws = torch.randint(size, (self._vocabulary.draws,))
+        fixed = torch.tensor([*self._vocabulary.phrases, *self._vocabulary.decisions])
+        return torch.unique(torch.cat((wanted, fixed, draws)))
 
     def hidden(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Last hidden states (rows, tokens after the opening, hidden)."""
         ids, core, start = inputs["input_ids"], model.model, self._opening.shape[1]
         if not bool((ids[:, :start] == self._opening).all()):
             raise ValueError("a row does not begin with the shared opening")
-        kinds = (ids == self._image_pad).int()
+        kinds = (ids == self._vocabulary.image_pad).int()
         images = {key: inputs[key] for key in ("pixel_values", "image_grid_thw") if key in inputs}
         positions, _ = core.get_rope_index(
             ids,
@@ -178,6 +261,13 @@ class GuardSFTTrainer(SFTTrainer):
         model = model or self.model
         loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(loaded.state_dict())
+        if self.map is not None:
+            self.map.load_state_dict(torch.load(Path(resume_from_checkpoint) / _MAP, weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.map is not None:
+            torch.save(self.map.state_dict(), Path(output_dir or self.args.output_dir) / _MAP)
 
 
 class StopAfter(TrainerCallback):

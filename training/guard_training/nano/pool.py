@@ -1,0 +1,89 @@
+"""The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm that follow.
+
+Four groups: the labelled prompts, stretches of words out of any rows, WordNet's definitions, and the tokenizer's own
+words (each embedded as a text, for the start of nano's embeddings).
+"""
+
+# ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from guard_training.corpus.rows import Row
+from guard_training.nano.encoder import Embeddings, fit_head
+from guard_training.nano.lexicon import Lexicon, balance
+from guard_training.nano.mixture import snippet
+
+#: characters of a text that the encoder is shown; its limit of 256 word pieces is near that
+LONGEST = 1200
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """``texts`` with their ``vectors`` (texts, 384; half precision) and ``chances`` of harm (texts,).
+
+    The first ``prompts`` of them are the labelled prompts in their order, the next ``stretches`` the stretches, the
+    rest definitions.
+    """
+
+    texts: list[str]
+    vectors: Tensor
+    chances: Tensor
+    prompts: int
+    stretches: int
+
+    def draw(self, group: str, rng: random.Random) -> int:
+        """The number of a random text of ``stretches`` or ``definitions``."""
+        if group == "stretches":
+            return rng.randrange(self.prompts, self.prompts + self.stretches)
+        return rng.randrange(self.prompts + self.stretches, len(self.texts))
+
+
+def make_pool(
+    prompts: Sequence[Row],
+    answers: Sequence[str],
+    definitions: Sequence[str],
+    lexicon: Lexicon,
+    *,
+    stretches: int,
+    words: int,
+    penalty: float,
+    sharpness: float,
+    lexicon_share: float,
+    seed: int,
+    kept: Embeddings,
+    progress: Progress,
+) -> Pool:
+    """Embeds everything and judges it.
+
+    The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
+    """
+    rng = random.Random(seed)
+    sources = [row.prompt for row in prompts] + list(answers)
+    texts = [row.prompt[:LONGEST] for row in prompts]
+    texts += [snippet(sources, rng.choice((words, words, 4 * words)), rng)[:LONGEST] for _ in range(stretches)]
+    texts += definitions
+    vectors = kept.of(texts, progress, "embedding texts")
+    harmful = [row.request == "harmful" for row in prompts]
+    weights = balance([row.source for row in prompts], harmful)
+    head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
+    by_meaning = (vectors.float() @ head + bias) * sharpness
+    by_words = torch.tensor([lexicon.score(text) for text in texts])
+    logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
+    return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), stretches)
+
+
+def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:
+    """The encoder's embedding of every token's text (ids, 384), zero where a token is no text."""
+    words = [str(tokenizer.decode([id])).strip() for id in range(len(tokenizer))]
+    special = set(tokenizer.all_special_ids)
+    vectors = kept.of([word or "." for word in words], progress, "embedding words").float()
+    known = torch.tensor([bool(word) and id not in special for id, word in enumerate(words)])
+    return vectors * known[:, None]
