@@ -1,0 +1,168 @@
+"""The run behind ``guard-train reject``: samples in batches that repeat, counts into a journal, then the selection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from guard_middleware.errors import GuardError
+from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, row_to_json
+from guard_training.journal import Journal
+from guard_training.rowfile import begin, bring_image, digest, write_whole
+from guard_training.tuning.contract import Contract, pictures
+from guard_training.tuning.rejection import (
+    Counts,
+    Group,
+    count,
+    from_json,
+    read_range,
+    select,
+    statistics,
+    to_json,
+)
+from guard_training.tuning.sampling import Prompt, Sampler, Sampling, row_seed
+
+Read = Callable[[bytes], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is kept of the counted rows; it can be changed without sampling again."""
+
+    keep: str | None = None
+    all_images: bool = False
+    max_rows: int | None = None
+
+
+def reject(
+    source: Path,
+    output: Path,
+    contract: Contract,
+    sampling: Sampling,
+    selection: Selection,
+    make_sampler: Callable[[], Sampler],
+    *,
+    engine: str,
+    sequences: int,
+    seed: int,
+    read: Read | None,
+    report: Path | None,
+    console: Console,
+) -> None:
+    """Counts right samples of every row and writes the hard ones; goes on with counts that were begun.
+
+    ``read`` finds drawn text for a guard that is served with a reader. ``make_sampler`` is called only where rows are
+    left. Raises ``ValueError`` for a range outside k, ``OutputError`` for counts of another run.
+    """
+    wrong = read_range(selection.keep, sampling.k)
+    skipped = Skipped()
+    rows = _usable(read_good_rows(source, skipped), skipped)
+    journal_path = output.with_name(f"{output.stem}.counts.jsonl")
+    settings = {"command": "reject", "model": contract.facts.revision, "engine": engine, "seed": seed}
+    size = max(1, sequences // sampling.k)
+    settings |= {
+        "max_pixels": contract.facts.max_pixels,
+        "reader": read is not None,
+        "rows": digest(source),
+        "batch": size,
+    }
+    begin(journal_path, {**settings, **asdict(sampling)})
+
+    with Journal(journal_path) as journal:
+        with Progress(console=console) as progress:
+            task = progress.add_task("sampling", total=len(rows))
+            sampler: Sampler | None = None
+            for batch in batches(rows, size):
+                if any(row.id not in journal.done for row in batch):
+                    sampler = sampler or make_sampler()
+                    for line in sample_batch(batch, contract, sampler, seed=seed, read=read):
+                        if line["id"] not in journal.done:
+                            journal.append(line)
+                progress.advance(task, len(batch))
+        lines = list(journal)
+    counts = {line["id"]: from_json(line) for line in lines if "bad" not in line}
+    skipped.reasons += [f"{line['id']}: {line['bad']}" for line in lines if "bad" in line]
+    kept = select(rows, counts, wrong, all_images=selection.all_images, max_rows=selection.max_rows, seed=seed)
+    chosen = (json.dumps(_line(row, counts[row.id], output.parent), ensure_ascii=False) for row in kept)
+    write_whole(output, "".join(f"{line}\n" for line in chosen).encode())
+    groups = statistics(rows, counts, kept, sampling.k)
+    if report is not None:
+        write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
+    console.print(table(groups, sampling.k))
+    console.print(f"{len(kept)} rows kept in {output}", markup=False)
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False)
+
+
+def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
+    seen, kept = set[str](), []
+    for row in rows:
+        if row.id in seen:
+            skipped(f"{row.id}: a second row with this id")
+        elif row.request is None and not (row.response and row.response_label):
+            skipped(f"{row.id}: no label to be right about")
+        else:
+            kept.append(row)
+        seen.add(row.id)
+    return kept
+
+
+def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
+    """Rows of about one length together, longest first: what does not fit into memory fails at once."""
+    order = sorted(rows, key=lambda row: (-len(row.prompt) - len(row.response or ""), row.image is None, row.id))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def sample_batch(
+    rows: Sequence[Row], contract: Contract, sampler: Sampler, *, seed: int, read: Read | None
+) -> list[dict[str, Any]]:
+    """A journal line per row: its counts, or ``bad`` with the reason why the guard cannot be asked."""
+    lines: list[dict[str, Any]] = []
+    asked: list[tuple[Row, Prompt, bool]] = []
+    for row in rows:
+        try:
+            asked.append((row, *_prompt(row, contract, seed=seed, read=read)))
+        except (GuardError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            lines.append({"id": row.id, "bad": str(error)})
+    if asked:
+        found = sampler.sample([prompt for _, prompt, _ in asked])
+        for (row, _, answered), samples in zip(asked, found, strict=True):
+            lines.append(to_json(count(row, samples, answered=answered)))
+    return lines
+
+
+def _prompt(row: Row, contract: Contract, *, seed: int, read: Read | None) -> tuple[Prompt, bool]:
+    drawn = [read(row.image.read_bytes())] if read and row.image else []
+    encoded, images = contract.encode(row, drawn), tuple(pictures(row))
+    length = len(contract.expand(encoded.ids, images))
+    if length > contract.facts.max_input_tokens:
+        raise CorpusError(f"a prompt of {length} tokens; the guard takes {contract.facts.max_input_tokens}")
+    return Prompt(encoded.ids, images, row_seed(seed, row.id)), encoded.answered
+
+
+def _line(row: Row, counts: Counts, folder: Path) -> dict[str, Any]:
+    found = {"samples": counts.samples, "wrong": counts.wrong, "malformed": counts.malformed}
+    return {**row_to_json(bring_image(row, folder), folder), "rejection": found}
+
+
+def table(groups: Sequence[Group], k: int) -> Table:
+    """The statistics as the terminal shows them."""
+    out = Table(title="Rows by the number of samples that were right")
+    for column in ("source", "modality"):
+        out.add_column(column)
+    names = ["rows", *(str(n) for n in range(k + 1)), "malformed %", "cut off %", "mean tokens", "kept"]
+    for column in names:
+        out.add_column(column, justify="right")
+    for group in groups:
+        shares = f"{100 * group.malformed:.1f}", f"{100 * group.cut:.1f}", f"{group.length:.1f}"
+        numbers = (str(group.rows), *map(str, group.right), *shares, str(group.kept))
+        out.add_row(group.source, group.modality, *numbers, end_section=group.source == "all")
+    return out
