@@ -54,7 +54,3 @@ class DynamicClipping(TrainerCallback):
             rollout = rollout_of(state.global_step, self._updates)
             value = bound(rollout, rollouts, epsilon=self._epsilon, floor=self._floor)
         self._trainer.epsilon_low = self._trainer.epsilon_high = value
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "loss" in logs:
-            logs["clip_bound"] = self._trainer.epsilon_high
