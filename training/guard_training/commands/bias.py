@@ -1,0 +1,42 @@
+"""``guard-train bias``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_ABOUT = """\
+Compares a guard's verdicts with the labels of its data and with those of its teacher: how often each is right, how
+well they agree, and how many of the guard's errors are its teacher's. Prints one line per source and side, with 95 %
+intervals.
+
+  guard-train evaluate --data dev.jsonl.gz --model nano --outcomes nano.jsonl
+  guard-train bias --outcomes nano.jsonl --teacher teacher.jsonl --json bias.json
+
+TEACHER holds one {"id", "request", "response"} per line, labels "harmful", "unharmful" or null, ids of the data's
+rows; rows of data ("prompt_label", "response_label") and outcomes of the teacher as a guard will do too.
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "bias",
+        help="compare a guard's errors with its teacher's",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--outcomes", type=Path, required=True, metavar="FILE", help="what evaluate wrote")
+    command.add_argument("--teacher", type=Path, required=True, metavar="FILE", help="JSONL of the teacher's labels")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    command.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from guard_training.evaluation.bias import report_bias
+
+    console = Console() if sys.stdout.isatty() else Console(width=190)
+    report_bias(given.outcomes, given.teacher, json_file=given.json, console=console)
