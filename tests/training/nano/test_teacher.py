@@ -80,7 +80,7 @@ def test_a_real_teachers_rationale_is_wrapped_and_checked(tmp_path: Path) -> Non
 
 
 def test_sources_weigh_by_the_root_of_their_size_within_a_label() -> None:
-    weights = balance(["a"] * 4 + ["b", "c"], [True] * 5 + [False])
+    weights = balance(["a"] * 4 + ["b", "c"], [True] * 5 + [False], {"b": 2.0})
     assert sum(weights[:5]) == pytest.approx(0.5)
     assert sum(weights[:4]) == pytest.approx(2 * weights[4])
     assert weights[5] == pytest.approx(0.5)
@@ -89,7 +89,7 @@ def test_sources_weigh_by_the_root_of_their_size_within_a_label() -> None:
 def test_log_odds_tell_the_words_apart() -> None:
     texts = ["pick the lock", "break the lock", "bake the bread", "slice the bread"] * 5
     harmful = [True, True, False, False] * 5
-    lexicon = word_lexicon(texts, ["s"] * 20, harmful, least=2, steps=60, penalty=1e-4)
+    lexicon = word_lexicon(texts, harmful, [0.05] * 20, least=2, steps=60, penalty=1e-4)
     assert lexicon.score("the lock") > 0.5 > -0.5 > lexicon.score("the bread")
     assert abs(lexicon.weights["the"]) < 0.2
     assert lexicon.rarity["the"] < lexicon.rarity["lock"]

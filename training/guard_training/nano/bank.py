@@ -34,6 +34,11 @@ def read_bank(folder: Path) -> list[Row]:
     return rows
 
 
+def pair_of(id: str) -> str:
+    """What the two rows of a pair have in common, so that both are held out or neither."""
+    return id.removesuffix("/harmful").removesuffix("/unharmful")
+
+
 def _rows(entry: object, id: str, topic: str, path: Path) -> list[Row]:
     match entry:
         case str(text):

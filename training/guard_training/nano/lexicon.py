@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 _PER_WORD = 0.05
 
 
-def balance(sources: Sequence[str], harmful: Sequence[bool]) -> list[float]:
-    """A weight per text: each label sums to one half, each source to the square root of its size within its label."""
+def balance(sources: Sequence[str], harmful: Sequence[bool], shares: Mapping[str, float]) -> list[float]:
+    """A weight per text: each label sums to one half, each source to the square root of its size within its label,
+    times its share (1 where none is given)."""
     keys = list(zip(sources, harmful, strict=True))
     sizes = Counter(keys)
-    raw = [sizes[key] ** -0.5 for key in keys]
+    raw = [sizes[key] ** -0.5 * shares.get(key[0], 1.0) for key in keys]
     totals = {flag: sum(w for w, (_, f) in zip(raw, keys, strict=True) if f == flag) for flag in (True, False)}
     return [0.5 * w / totals[flag] for w, (_, flag) in zip(raw, keys, strict=True)]
 
@@ -108,9 +109,15 @@ class Lexicon:
 
 
 def word_lexicon(
-    texts: Sequence[str], sources: Sequence[str], harmful: Sequence[bool], *, least: int, steps: int, penalty: float
+    texts: Sequence[str],
+    harmful: Sequence[bool],
+    weights: Sequence[float],
+    *,
+    least: int,
+    steps: int,
+    penalty: float,
 ) -> Lexicon:
-    """The lexicon of words that occur in at least ``least`` of the texts."""
+    """The lexicon of words that occur in at least ``least`` of the texts; ``weights`` is one number per text."""
     split = [[word.lower() for word in WORD.findall(text)] for text in texts]
     counts = Counter(word for words in split for word in set(words))
     ids = {word: number for number, (word, n) in enumerate(sorted(counts.items()), 1) if n >= least}
@@ -118,7 +125,7 @@ def word_lexicon(
     odds, rarity, bias = fit_log_odds(
         [[ids[word] for word in words if word in ids] for words in split],
         harmful,
-        balance(sources, harmful),
+        weights,
         len(ids) + 1,
         steps=steps,
         penalty=penalty,

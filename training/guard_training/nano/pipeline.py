@@ -16,13 +16,13 @@ from pathlib import Path
 
 from rich.progress import Progress
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
-from guard_training.nano.bank import default_bank, read_bank
-from guard_training.nano.calibrate import shift_decision
+from guard_training.nano.bank import default_bank, pair_of, read_bank
+from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.encoder import Embeddings
 from guard_training.nano.export import export, last_checkpoint, shape, write_held_out
@@ -73,8 +73,14 @@ def load_rows(data: Path, recipe: Recipe) -> Rows:
     labelled = [row for name in recipe.files for row in read_rows(data / name)]
     rows = unique_prompts([*labelled, *read_bank(default_bank())])
     rows = [row for row in rows if row.source not in recipe.exclude]
-    kept = [row for row in rows if not held_out(row.id, recipe.held_out)]
-    rest = [row for row in rows if held_out(row.id, recipe.held_out)]
+
+    def left_out(row: Row) -> bool:
+        if row.source.startswith("bank_"):
+            return held_out(pair_of(row.id), recipe.held_out_bank)
+        return held_out(row.id, recipe.held_out)
+
+    kept = [row for row in rows if not left_out(row)]
+    rest = [row for row in rows if left_out(row)]
     rng = random.Random(recipe.seed)
     kept += passages(kept, rng)
     rest += passages(rest, rng)
@@ -88,19 +94,25 @@ def load_rows(data: Path, recipe: Recipe) -> Rows:
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
     """The words of harmful and of unharmful prompts."""
+    harmful = [row.request == "harmful" for row in rows.prompts]
     return word_lexicon(
         [row.prompt[:1500] for row in rows.prompts],
-        [row.source for row in rows.prompts],
-        [row.request == "harmful" for row in rows.prompts],
+        harmful,
+        balance([row.source for row in rows.prompts], harmful, recipe.source_shares),
         least=2,
         steps=recipe.odds_steps,
         penalty=recipe.odds_penalty,
     )
 
 
-def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe, folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the texts; a run that goes on keeps the one in ``folder``."""
+    if folder.is_dir():
+        return AutoTokenizer.from_pretrained(folder)
     texts = [row.prompt[:4000] for row in rows.prompts] + [(row.response or "")[:1500] for row in rows.pairs]
-    return train_tokenizer([*texts, *definitions, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
+    made = train_tokenizer([*texts, *definitions, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
+    made.save_pretrained(folder)
+    return made
 
 
 def make_model(
@@ -111,7 +123,7 @@ def make_model(
     encoder = PromptEncoder(tokenizer)
     ids = [encoder.plain(row.prompt[:1500]) for row in rows.prompts]
     harmful = [row.request == "harmful" for row in rows.prompts]
-    weights = balance([row.source for row in rows.prompts], harmful)
+    weights = balance([row.source for row in rows.prompts], harmful, recipe.source_shares)
     odds, rarity, _ = fit_log_odds(
         ids, harmful, weights, len(tokenizer), steps=recipe.odds_steps, penalty=recipe.odds_penalty
     )
@@ -229,7 +241,7 @@ def train_nano(
         rows = load_rows(data, recipe)
         lexicon = make_lexicon(rows, recipe)
         glosses = definitions(wordnet)
-        tokenizer = make_tokenizer(rows, glosses, recipe)
+        tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         kept = Embeddings(output / "embeddings")
         words = word_vectors(tokenizer, kept, progress)
         pool = make_pool(
@@ -239,6 +251,7 @@ def train_nano(
             lexicon,
             stretches=recipe.stretches,
             words=recipe.stretch_words,
+            shares=recipe.source_shares,
             penalty=recipe.head_penalty,
             sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
@@ -267,10 +280,46 @@ def train_nano(
         model = trainer.model
         if stop_after:
             break
-    if recipe.decision_shift:
-        harmful, unharmful = _decisions(tokenizer)
-        shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=recipe.decision_shift)
+    _calibrate(
+        trainer,
+        [row for row in rows.held_out if row.request and row.prompt and not row.image],
+        lexicon,
+        tokenizer,
+        recipe,
+    )
     return export(trainer.model, tokenizer, output / "model", recipe)
+
+
+def _calibrate(
+    trainer: GuardSFTTrainer,
+    rows: Sequence[Row],
+    lexicon: Lexicon,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+) -> None:
+    """Moves the operating point to the recipe's share of false positives on the bank's held-out benign prompts."""
+    harmful, unharmful = _decisions(tokenizer)
+    encoder = PromptEncoder(tokenizer)
+    weights = dict.fromkeys(Kind, 1.0)
+    judged = [row for row in rows if row.source.startswith("bank_")]
+    examples = [
+        encode_example(
+            render(case.conversation, []),
+            teach(case.judged, lexicon)[:DECIDED],
+            weights,
+            encoder,
+            tokenizer,
+            closed=False,
+        )
+        for case in (distilled_case(row.prompt, 0.0, 0) for row in rows)
+    ]
+    found = margins(trainer, examples, harmful=harmful, unharmful=unharmful)
+    sides = {label: found[[row.request == label for row in judged]] for label in ("harmful", "unharmful")}
+    shift = shift_for(sides["unharmful"], recipe.false_positives)
+    caught = float((sides["harmful"] + shift > 0).float().mean())
+    print(f"operating point: shift {shift:.2f}, {caught:.1%} of the held-out harmful prompts of the bank caught")
+    if shift:
+        shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=shift)
 
 
 def _decisions(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:

@@ -8,7 +8,7 @@ words (each embedded as a text, for the start of nano's embeddings).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ def make_pool(
     *,
     stretches: int,
     words: int,
+    shares: Mapping[str, float],
     penalty: float,
     sharpness: float,
     lexicon_share: float,
@@ -68,14 +69,15 @@ def make_pool(
     rng = random.Random(seed)
     sources = [row.prompt for row in prompts] + list(answers)
     texts = [row.prompt[:LONGEST] for row in prompts]
-    texts += [snippet(sources, rng.choice((words, words, 4 * words)), rng)[:LONGEST] for _ in range(stretches)]
+    texts += [snippet(sources, rng.choice((words, words, words, 3 * words)), rng)[:LONGEST] for _ in range(stretches)]
     texts += definitions
     vectors = kept.of(texts, progress, "embedding texts")
     harmful = [row.request == "harmful" for row in prompts]
-    weights = balance([row.source for row in prompts], harmful)
+    weights = balance([row.source for row in prompts], harmful, shares)
     head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
     by_words = torch.tensor([lexicon.score(text) for text in texts])
+    print("spread", by_meaning[: len(prompts)].std(), by_words[: len(prompts)].std())
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
     return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), stretches)
 

@@ -60,7 +60,8 @@ class Recipe:
     save_every: int
     stages: list[dict[str, Any]]
     token_weights: dict[str, float]
-    decision_shift: float
+    held_out_bank: float
+    false_positives: float
     window_tokens: int
     window_overlap: int
     max_windows: int
