@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from guard_training.commands import grpo
+from guard_training.tuning.settings import RecipeError
+from tests.tiny_model import make_folder
+
+QUIET = dict(identical_max=2, distinct_ratio=0, format_min=-1, length_ratio=99, truncated_max=2, gap_growth=9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("guard") / "model")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, folder: Path) -> Path:
+    """grpo-nano's, with a guard, an architecture and lengths of seconds."""
+    value = yaml.safe_load(Path("training/recipes/grpo-nano.yaml").read_text())
+    value |= dict(model=str(folder), architecture=str(folder / "config.json"), reader=False, rollout_prompts=2,
+                  update_prompts=1, group=2, batch_per_device=2, max_new_tokens=5, prompt_tokens=700, alarms=QUIET,
+                  max_pixels=28 * 28 * 9)  # fmt: skip
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(value))
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    Image.new("RGB", (60, 60), (200, 9, 9)).save(tmp_path / "a.png")
+    lines = [
+        {"id": f"r{n}", "source": "made", "prompt": f"bake bread {n}", "image": "a.png" if n == 2 else None,
+         "prompt_label": "harmful" if n % 2 else "unharmful"}
+        for n in range(4)
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*map(json.dumps, lines), '{"id": "broken"}']) + "\n")
+    return file
+
+
+def _run(*arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    grpo.add(parser.add_subparsers())
+    given = parser.parse_args(["grpo", *map(str, arguments)])
+    given.run(given)
+
+
+def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
+    recipe: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run("--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 rows left out: rows.jsonl:5:" in said
+    assert "4 updates" in said
+    assert "s each" in said
+    assert "GiB" in said
+    made = {file.name for file in (tmp_path / "out" / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "guard.json"} <= made
+    assert (tmp_path / "out" / "runs").is_dir() or list((tmp_path / "out").rglob("events.out.tfevents*"))
+    _run("--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["grpo-3b", "grpo-3b-eco", "grpo-7b"])
+def test_a_dry_run_checks_the_real_architecture_without_weights(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run("--recipe", name, "--dry-run", "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "46 updates" in said
+    assert "8192 completions per rollout" in " ".join(said.split())
+    assert ("3.75 B" if "3b" in name else "8.29 B") in said
+    assert "0.191 at first" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_does_two_updates_and_prints_seconds_and_memory(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run("--recipe", recipe, "--rehearse", "--output", tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    first, second = (float(x) for x in said.split(" took ")[1].split(" s ")[0].split(", "))
+    assert first > 0
+    assert second > 0
+    assert math.isfinite(float(said.split("peak memory ")[1].split()[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ([], ValueError, "--rows"),
+        (["--set", "reward.beta=0.01"], RecipeError, "floor <= beta"),
+        (["--set", "banana=1"], RecipeError, "banana"),
+        (["--recipe", "grpo-nano", "--dry-run"], RecipeError, "names no architecture"),
+    ],
+)
+def test_mistakes_are_told_with_their_remedy(
+    arguments: list[str], error: type[Exception], words: str, recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        _run("--recipe", recipe, "--output", tmp_path / "out", *arguments)
+
+
+def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _run("--help")
+    assert "guard-train grpo --rows rl.jsonl" in capsys.readouterr().out
