@@ -1,49 +1,29 @@
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from guard_middleware.errors import GuardError, GuardErrorKind
-from guard_middleware.types import Blob, Text, Usage, Verdict
-from guard_training.cli import main, parser
+from guard_middleware.types import Blob, Text
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import Row
-from guard_training.evaluation.card import BEGIN, END, write_results
-from guard_training.evaluation.measure import Asked, sample, summarise
-from guard_training.nano.recipe import RecipeError, default_recipe, read_recipe, recipe, stages
+from guard_training.corpus.rows import Row, Skipped
+from guard_training.evaluation import measure
+from guard_training.evaluation.measure import WorkerFailed, sample, usable
+from guard_training.evaluation.outcomes import Outcome
 
-
-def _verdict(request: str, response: str | None = None) -> Verdict:
-    score = None if response is None else 0.5
-    return Verdict(request, response, 0.5, score, "r", Usage(10, 20, 12), "nano", "abc")  # type: ignore[arg-type]
-
-
-def _asked() -> list[Asked]:
-    unparseable = GuardError(GuardErrorKind.UNPARSEABLE, "no verdict")
-    return [
-        Asked(Row("1", "locks", "p", "harmful"), _verdict("harmful"), 0.1),
-        Asked(Row("2", "locks", "p", "harmful"), _verdict("unharmful"), 0.2),
-        Asked(Row("3", "locks", "p", "unharmful"), unparseable, 0.3),
-        Asked(Row("4", "bread", "p", None, "r", "unharmful"), _verdict("harmful", "unharmful"), 0.4),
-    ]
-
-
-def test_sources_and_sides_are_counted_apart_and_an_error_is_wrong() -> None:
-    summary = summarise(_asked(), "nano")
-    found = {(s["source"], s["side"]): s for s in summary["sources"]}
-    assert set(found) == {("locks", "request"), ("bread", "response")}
-    locks = found["locks", "request"]
-    assert locks["recall"]["value"] == 0.5
-    assert locks["false_positive_rate"]["value"] == 1.0
-    assert locks["errors"] == 1
-    assert locks["f1"]["value"] == pytest.approx(0.5)
-    assert found["bread", "response"]["recall"] is None
-    assert summary["format_compliance"]["value"] == 0.75
-    assert summary["errors"] == {"unparseable": 1}
-    assert summary["mean_reasoning_tokens"] == 12
+SCRIPTED = Path(__file__).parents[2] / "support" / "scripted_worker.py"
+RUN = (sys.executable, str(SCRIPTED), "--exit-with-parent", "--socket")
 
 
 def test_a_row_is_asked_about_as_the_gateway_would_see_it(tmp_path: Path) -> None:
@@ -65,43 +45,110 @@ def test_a_limit_holds_for_every_source_and_draws_the_same_rows() -> None:
     assert sample(rows, None) == [*rows[::2], *rows[1::2]]
 
 
-def test_results_replace_what_stands_between_the_markers(tmp_path: Path) -> None:
-    figures, card = tmp_path / "dev.json", tmp_path / "README.md"
-    figures.write_text(json.dumps({"data": "dev.jsonl", "limit": None, **summarise(_asked(), "nano")}))
-    card.write_text(f"# nano\n{BEGIN}\nold\n{END}\nend\n")
-    assert main(["card", "--model", str(tmp_path), "--results", str(figures)]) == 0
-    text = card.read_text()
-    assert text.startswith(f"# nano\n{BEGIN}\n")
-    assert text.endswith(f"{END}\nend\n")
-    assert "old" not in text
-    assert "| locks | request | 3 | 2 | 50.0 (9.5-90.5) |" in text
-    card.write_text("# nano\n")
-    with pytest.raises(ValueError, match="needs one line"):
-        write_results(card, [figures])
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real worker app and its socket, with a rule in the guard's place."""
+    monkeypatch.setattr(measure, "_command", lambda _, socket: [*RUN, socket])
+    monkeypatch.setattr(measure, "identity", lambda model: ("scripted", "0"))
 
 
-def test_a_wrong_input_ends_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.yaml").write_text("seed: 1\nsede: 2\n")
-    arguments = ["nano", "--data", str(tmp_path), "--output", str(tmp_path), "--recipe", str(tmp_path / "bad.yaml")]
-    assert main(arguments) == 1
-    assert "unknown key 'sede'" in capsys.readouterr().err
+def ask(rows: list[Row], journal: Path | None = None) -> tuple[list[Outcome], str]:
+    console = Console(file=io.StringIO(), width=200)
+    found = measure.measure(rows, "scripted", concurrency=2, console=console, journal=journal)
+    return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", ["nano", "evaluate", "card"])
-def test_help_shows_how_to_call_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parser().parse_args([command, "--help"])
-    assert "guard-train" in capsys.readouterr().out
+def test_every_row_gets_its_own_answer(scripted: None) -> None:
+    rows = [
+        Row("1", "locks", "how do I pick a lock", "harmful"),
+        Row("2", "locks", "how do I bake bread", "unharmful"),
+        Row("3", "talk", "hello", None, "you pick a lock with", "harmful"),
+        Row("4", "talk", "hello", "unharmful", "an answer that is not labelled"),
+    ]
+    found, _ = ask(rows)
+    assert [(one.id, one.request, one.response) for one in found] == [
+        ("1", "harmful", None),
+        ("2", "unharmful", None),
+        ("3", "unharmful", "harmful"),
+        ("4", "unharmful", None),
+    ]
+    assert {(one.model, one.revision, one.error) for one in found} == {("scripted", "0", None)}
+    assert all(one.seconds and one.reasoning_tokens == 6 for one in found)
 
 
-def test_the_recipe_of_nano_is_whole_and_strict() -> None:
-    whole = read_recipe(default_recipe())
-    assert sum(whole.kind_shares.values()) == pytest.approx(1.0)
-    assert [stage.seed for stage in stages(whole)] == [whole.seed + n for n in range(3)]
-    assert all(sum(stage.kind_shares.values()) == pytest.approx(1.0) for stage in stages(whole))
-    values = {name: getattr(whole, name) for name in whole.__slots__}
-    with pytest.raises(RecipeError, match="batch must be a int"):
-        recipe({**values, "batch": "many"})
-    values.pop("layers")
-    with pytest.raises(RecipeError, match="layers is missing"):
-        recipe(values)
+def test_a_run_whose_worker_dies_says_so_and_goes_on_from_its_journal(scripted: None, tmp_path: Path) -> None:
+    rows = [Row(str(n), "locks", f"row {n} [wait 0.05]", "unharmful") for n in range(40)]
+    journal = tmp_path / "out.jsonl.journal"
+
+    @contextlib.contextmanager
+    def short_lived(model: str) -> Iterator[str]:
+        with whole_life(model) as socket:
+            threading.Thread(target=_end_after, args=(journal, 5), daemon=True).start()
+            yield socket
+
+    whole_life = measure.worker
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "worker", short_lived)
+        with pytest.raises(WorkerFailed, match=r"the worker went away after \d+ of 40 rows .*goes on from"):
+            ask(rows, journal)
+    written = len(journal.read_text().splitlines())
+    assert 5 <= written < 40
+    found, said = ask(rows, journal)
+    assert f"{written} of 40 rows are in" in said
+    assert [one.id for one in found] == [row.id for row in rows]
+    assert len(journal.read_text().splitlines()) == 40
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "worker", None)  # no worker starts where all is known
+        assert ask(rows, journal)[0] == found
+
+
+def _end_after(journal: Path, lines: int) -> None:
+    """Ends the worker of this test, the only child that runs the script, once so many answers are written down."""
+    while not journal.exists() or journal.read_bytes().count(b"\n") < lines:
+        time.sleep(0.01)
+    for child in _workers():
+        os.kill(child, signal.SIGKILL)
+
+
+def _workers() -> list[int]:
+    """Process ids of this process's children that run the scripted worker."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and SCRIPTED.name.encode() in (status.parent / "cmdline").read_bytes():
+                found.append(int(status.parent.name))
+    return found
+
+
+def test_a_journal_answers_only_for_the_same_row_and_revision(
+    scripted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("1", "locks", "how do I bake bread", "unharmful")
+    journal = tmp_path / "journal"
+    (first,), _ = ask([row], journal)
+    changed = dataclasses.replace(row, prompt="how do I pick a lock")
+    (second,), _ = ask([changed], journal)
+    assert (first.request, second.request) == ("unharmful", "harmful")
+    monkeypatch.setattr(measure, "identity", lambda model: ("scripted", "1"))
+    (third,), _ = ask([row], journal)
+    assert third.revision == "1"
+    assert len(journal.read_text().splitlines()) == 3
+
+
+def test_rows_that_cannot_be_asked_about_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    rows = [
+        Row("1", "s", "p", "harmful"),
+        Row("1", "s", "p", "harmful"),
+        Row("2", "s", "p", None, "r"),
+        Row("3", "s", "p", "harmful", image=tmp_path / "a.png"),
+    ]
+    skipped = Skipped()
+    assert usable(rows, skipped) == rows[:1]
+    assert [reason.split(": ")[0] for reason in skipped.reasons] == ["s 1", "s 2", "s 3"]
+
+
+def test_a_model_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match="give a folder, a hub id, or `nano`"):
+        measure.identity(str(tmp_path / "nothing"))

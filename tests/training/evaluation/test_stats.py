@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from guard_training.evaluation.stats import Confusion, Rate, confusion, f1_interval, percentile
+from guard_training.evaluation.stats import (
+    Confusion,
+    Paired,
+    Rate,
+    confusion,
+    f1_interval,
+    mean_draws,
+    pair,
+    percentile,
+    percentiles,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +57,46 @@ def test_percentile_is_the_nearest_rank() -> None:
     assert percentile([5.0, 1.0, 3.0], 0.5) == 3.0
     assert percentile([5.0, 1.0, 3.0], 0.95) == 5.0
     assert percentile([], 0.5) is None
+
+
+def test_the_bootstrap_of_counts_is_the_bootstrap_of_rows() -> None:
+    pairs: list[tuple[bool, bool | None]] = [(True, True)] * 20 + [(True, None)] * 9 + [(False, True)] * 5
+    pairs += [(False, False)] * 26
+    rng = np.random.default_rng(3)
+    values = [confusion([pairs[i] for i in rng.integers(0, 60, 60)]).f1 for _ in range(2000)]
+    assert f1_interval(pairs, draws=4000) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=0.02)
+
+
+def test_a_resample_without_a_class_is_left_out_of_the_mean() -> None:
+    nan = float("nan")
+    assert mean_draws([np.array([1.0, nan, nan]), np.array([0.0, 0.5, nan])]).tolist()[:2] == [0.5, 0.5]
+    assert percentiles(np.array([nan, nan])) is None
+
+
+_CALLS = st.sampled_from([True, False, None])
+
+
+@given(st.lists(st.tuples(st.booleans(), _CALLS, _CALLS), min_size=1, max_size=40))
+@settings(max_examples=50)
+def test_paired_counts_hold_both_sides(rows: list[tuple[bool, bool | None, bool | None]]) -> None:
+    found = pair(rows)
+    assert found.sides() == (confusion([(t, a) for t, a, _ in rows]), confusion([(t, b) for t, _, b in rows]))
+    assert found.only_ours == sum(a is t and b is not t for t, a, b in rows)
+    assert found.only_theirs == sum(b is t and a is not t for t, a, b in rows)
+    for values in found.differences(np.random.default_rng(0), draws=5).values():
+        assert np.all(np.isnan(values) | (np.abs(values) <= 1))
+
+
+def test_a_paired_difference_is_tighter_than_two_intervals() -> None:
+    same: list[tuple[bool, bool | None, bool | None]] = [(True, n % 2 == 0, n % 2 == 0) for n in range(200)]
+    better: list[tuple[bool, bool | None, bool | None]] = [(True, True, False)] * 6
+    found = pair(same + better).differences(np.random.default_rng(0))["recall"]
+    low, high = percentiles(found) or (0.0, 0.0)
+    assert 0.0 < low < 6 / 206 < high < 0.06
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (5, 5), (10, 2), (30, 55)])
+def test_mcnemar_agrees_with_the_binomial_test(ours: int, theirs: int) -> None:
+    cells = [7, theirs, 0, 3, 4, 0, ours, 9]
+    expected = binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+    assert Paired(tuple(cells)).p == pytest.approx(expected)

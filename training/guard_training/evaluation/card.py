@@ -10,25 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guard_training.evaluation.measure import COLUMNS, cell, cells
+from guard_training.evaluation import tables
+from guard_training.evaluation.outcomes import SIDES
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def results(summary: dict[str, Any]) -> str:
-    """One summary as Markdown: what was measured, the table, the totals."""
+    """One summary as Markdown: what was measured, the table, the totals, the paper's benchmarks where asked about."""
     part = f" (at most {summary['limit']} rows of a source)" if summary.get("limit") else ""
     lines = [
         f"`{summary['data']}`{part}, revision `{summary['revision']}`, per cent with 95 % intervals:",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(cells(entry)) + " |" for entry in summary["sources"]),
+        tables.sources(summary).markdown(),
         "",
-        f"Format compliance {cell(summary['format_compliance'])} of {summary['rows']} rows; guard errors: "
+        f"Format compliance {tables.cell(summary['format_compliance'])} of {summary['rows']} rows; guard errors: "
         f"{', '.join(f'{kind} {n}' for kind, n in sorted(summary['errors'].items())) or 'none'}; "
         f"mean reasoning tokens {summary['mean_reasoning_tokens'] or 0:.1f}.",
     ]
+    named = {summary["model"]: summary}
+    more = [*(tables.thresholds(named, side) for side in SIDES), *(tables.benchmarks(named, side) for side in SIDES)]
+    for sheet in more:
+        if sheet is not None:
+            lines += ["", f"{sheet.title}:", "", sheet.markdown(), *(["", sheet.note] if sheet.note else [])]
     return "\n".join(lines)
 
 

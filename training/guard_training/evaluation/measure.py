@@ -1,21 +1,21 @@
-"""Measures a guard as it serves: starts its worker, asks it about every row over the Unix socket, counts.
+"""Measures a guard as it serves: starts its worker and asks it about every row over the Unix socket.
 
-Per source, because label meanings differ between sources and one pooled number would say nothing. A guard error (no
-verdict) counts as wrong on either side.
+What it says is an ``Outcome`` per row, written down as it comes, so that a killed run goes on; ``metrics`` counts them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,18 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.types import Verdict
-from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, decode_answer, encode_request
+from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
+from guard_middleware.worker.weights import resolve
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import Row, read_rows
-from guard_training.evaluation.stats import Rate, confusion, f1_interval, percentile
+from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.evaluation import tables
+from guard_training.evaluation.metrics import summarise
+from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_json
+from guard_training.evaluation.tables import cell as cell
+from guard_training.journal import Journal
 
 START_SECONDS = 120.0
 DEADLINE_SECONDS = 120.0
@@ -54,9 +58,11 @@ def worker(model: str) -> Iterator[str]:
     """A worker process that serves ``model``; gives the path of its socket once it is ready."""
     with tempfile.TemporaryDirectory(prefix="guard-evaluate-") as folder:
         socket, log = f"{folder}/worker.sock", Path(folder) / "log"
-        command = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", socket]
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)  # noqa: S603
+            # stdin is a pipe that closes when this process dies, however it does: no worker is left behind
+            process = subprocess.Popen(  # noqa: S603
+                _command(model, socket), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+            )
         try:
             _wait(process, socket, log)
             yield socket
@@ -67,6 +73,14 @@ def worker(model: str) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            finally:
+                if process.stdin:
+                    process.stdin.close()
+
+
+def _command(model: str, socket: str) -> list[str]:
+    command = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", socket]
+    return [*command, "--exit-with-parent"]
 
 
 def _wait(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
@@ -84,34 +98,52 @@ def _wait(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
     raise WorkerFailed(f"the worker did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-async def ask_all(rows: Sequence[Row], socket: str, *, concurrency: int, progress: Progress) -> list[Asked]:
-    """Every row's outcome, in order; at most ``concurrency`` questions under way. Overload is asked again."""
+async def ask_all(
+    rows: Sequence[Row],
+    socket: str,
+    *,
+    concurrency: int,
+    progress: Progress,
+    done: Callable[[Asked], None] = lambda one: None,
+) -> list[Asked]:
+    """Every row's outcome, in order; ``done`` is told each as it comes. At most ``concurrency`` questions under way.
+
+    Overload is asked again. Raises ``httpx.TransportError`` where the worker goes away.
+    """
     task, slots = progress.add_task("asking the guard", total=len(rows)), asyncio.Semaphore(concurrency)
     transport = httpx.AsyncHTTPTransport(uds=socket)
     async with httpx.AsyncClient(transport=transport, base_url="http://worker", timeout=DEADLINE_SECONDS) as client:
 
         async def one(number: int, row: Row) -> Asked:
-            source = "output" if row.response and row.response_label else "input"
-            frame = encode_request(
-                ModerationRequest(
-                    id=str(number),
-                    conversation=conversation(row),
-                    source="output" if source == "output" else "input",
-                    deadline=DEADLINE_SECONDS,
-                )
-            )
             async with slots:
+                frame = _frame(number, row)
                 while True:
                     start = time.perf_counter()
                     answer = await client.post("/v1/moderate", content=frame, headers={"content-type": CONTENT_TYPE})
                     if answer.status_code != 503:
                         break
                     await asyncio.sleep(float(answer.headers.get("retry-after", "1")))
-            seconds = time.perf_counter() - start
+            asked = Asked(row, decode_answer(answer.content)[1], time.perf_counter() - start)
+            done(asked)
             progress.advance(task)
-            return Asked(row, decode_answer(answer.content)[1], seconds)
+            return asked
 
-        return await asyncio.gather(*(one(number, row) for number, row in enumerate(rows)))
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(number, row)) for number, row in enumerate(rows)]
+        return [task.result() for task in tasks]
+
+
+def _frame(number: int, row: Row) -> bytes:
+    """Made when its turn comes: the frames of all rows at once would hold every image in memory."""
+    answered = bool(row.response and row.response_label)
+    return encode_request(
+        ModerationRequest(
+            id=str(number),
+            conversation=conversation(row),
+            source="output" if answered else "input",
+            deadline=DEADLINE_SECONDS,
+        )
+    )
 
 
 def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
@@ -125,97 +157,103 @@ def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
     ]
 
 
-def summarise(asked: Sequence[Asked], model: str) -> dict[str, Any]:
-    """The figures as JSON values: one entry per source and side, and the totals that are not accuracies."""
-    groups: dict[tuple[str, str], list[tuple[bool, bool | None]]] = defaultdict(list)
-    for one in asked:
-        verdict = one.outcome if isinstance(one.outcome, Verdict) else None
-        if one.row.request:
-            called = None if verdict is None else verdict.request == "harmful"
-            groups[one.row.source, "request"].append((one.row.request == "harmful", called))
-        if one.row.response_label and one.row.response:
-            called = None if verdict is None else verdict.response == "harmful"
-            groups[one.row.source, "response"].append((one.row.response_label == "harmful", called))
-    verdicts = [one.outcome for one in asked if isinstance(one.outcome, Verdict)]
-    errors = Counter(one.outcome.kind.value for one in asked if isinstance(one.outcome, GuardError))
-    formless = errors[GuardErrorKind.UNPARSEABLE.value] + errors[GuardErrorKind.TRUNCATED.value]
-    reasoning = [verdict.usage.reasoning for verdict in verdicts]
-    return {
-        "model": verdicts[0].model if verdicts else model,
-        "revision": verdicts[0].revision if verdicts else None,
-        "rows": len(asked),
-        "format_compliance": _rate(Rate(len(asked) - formless, len(asked))),
-        "errors": dict(errors),
-        "mean_reasoning_tokens": sum(reasoning) / len(reasoning) if reasoning else None,
-        "seconds": {
-            name: percentile([one.seconds for one in asked], share) for name, share in (("median", 0.5), ("p95", 0.95))
-        },
-        "sources": [_source(source, side, pairs) for (source, side), pairs in sorted(groups.items())],
-    }
+def identity(model: str) -> tuple[str, str]:
+    """Name and revision of what ``--model`` names, without loading it; raises ``WorkerFailed`` with the remedy."""
+    try:
+        facts = resolve(model).facts
+    except ConfigError as error:
+        raise WorkerFailed(str(error)) from None
+    return facts.name, facts.revision
 
 
-def _source(source: str, side: str, pairs: Sequence[tuple[bool, bool | None]]) -> dict[str, Any]:
-    counts = confusion(pairs)
-    both = 0 < sum(is_ for is_, _ in pairs) < len(pairs)
-    return {
-        "source": source,
-        "side": side,
-        "rows": len(pairs),
-        "harmful": sum(is_ for is_, _ in pairs),
-        "errors": sum(called is None for _, called in pairs),
-        "recall": _rate(counts.recall),
-        "false_positive_rate": _rate(counts.false_positive_rate),
-        "precision": _rate(counts.precision) if both else None,
-        "f1": {"value": counts.f1, "interval": f1_interval(pairs)} if both else None,
-    }
+def measure(
+    rows: Sequence[Row], model: str, *, concurrency: int, console: Console, journal: Path | None = None
+) -> list[Outcome]:
+    """What ``model`` says about every row, in order.
+
+    With ``journal`` each answer is written down at once, and one that is there, for the same row and revision, is not
+    asked for again: a killed run goes on. Raises ``WorkerFailed`` where the worker does not start or goes away.
+    """
+    name, revision = identity(model)
+    with contextlib.ExitStack() as stack:
+        book = stack.enter_context(Journal(journal)) if journal else None
+        known = {line["id"]: from_json(line["outcome"]) for line in book} if book else {}
+        due = [row for row in rows if _key(row, revision) not in known]
+        if len(due) < len(rows):
+            console.print(f"{len(rows) - len(due)} of {len(rows)} rows are in {journal}; {len(due)} are left to ask")
+
+        def done(one: Asked) -> None:
+            said = outcome(one.row, one.outcome, seconds=one.seconds, model=name, revision=revision)
+            known[_key(one.row, revision)] = said
+            if book:
+                book.append({"id": _key(one.row, revision), "outcome": to_json(said)})
+
+        if due:
+            progress, socket = stack.enter_context(Progress(console=console)), stack.enter_context(worker(model))
+            try:
+                asyncio.run(ask_all(due, socket, concurrency=concurrency, progress=progress, done=done))
+            except ExceptionGroup as group:
+                error = group.exceptions[0]
+                if not isinstance(error, httpx.TransportError | WireError):
+                    raise
+                answered = sum(_key(row, revision) in known for row in rows)
+                raise WorkerFailed(_gone(answered, len(rows), error, journal)) from None
+    return [known[_key(row, revision)] for row in rows]
 
 
-def _rate(rate: Rate) -> dict[str, Any] | None:
-    return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
+def _key(row: Row, revision: str) -> str:
+    """Row id, what the guard is shown of the row, and the revision."""
+    image = hashlib.sha256(row.image.read_bytes()).hexdigest() if row.image else None
+    shown = json.dumps([row.source, row.prompt, row.request, row.response, row.response_label, image])
+    return f"{row.id}@{revision}#{hashlib.sha256(shown.encode()).hexdigest()[:16]}"
 
 
-def cell(rate: dict[str, Any] | None) -> str:
-    """``62.1 (55.9-67.9)`` in per cent, or a dash."""
-    if rate is None or rate["value"] is None:
-        return "-"
-    low, high = rate["interval"]
-    return f"{100 * rate['value']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+def _gone(answered: int, total: int, error: BaseException, journal: Path | None) -> str:
+    remedy = f"; the same command goes on from {journal}" if journal else ""
+    return f"the worker went away after {answered} of {total} rows ({type(error).__name__}){remedy}"
 
 
-COLUMNS = ("source", "judged", "rows", "harmful", "recall", "false positives", "precision", "F1")
+def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
+    """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
+    seen: set[str] = set()
+    kept = []
+    for row in rows:
+        reason = _unusable(row, seen)
+        if reason:
+            skipped(f"{row.source} {row.id}: {reason}")
+        else:
+            seen.add(row.id)
+            kept.append(row)
+    return kept
 
 
-def cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    """One line of the table."""
-    rates = (entry["recall"], entry["false_positive_rate"], entry["precision"], entry["f1"])
-    return (entry["source"], entry["side"], str(entry["rows"]), str(entry["harmful"]), *(cell(rate) for rate in rates))
-
-
-def print_table(summary: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{summary['model']} {summary['revision']}: per cent, with 95 % intervals")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for entry in summary["sources"]:
-        table.add_row(*cells(entry))
-    console.print(table)
-    seconds = summary["seconds"]
-    console.print(
-        f"{summary['rows']} rows; format compliance {cell(summary['format_compliance'])}; "
-        f"errors {summary['errors'] or 'none'}; "
-        f"mean reasoning tokens {summary['mean_reasoning_tokens'] or 0:.1f}; "
-        f"seconds per answer under load: median {seconds['median'] or 0:.2f}, p95 {seconds['p95'] or 0:.2f}"
-    )
+def _unusable(row: Row, seen: set[str]) -> str | None:
+    if row.id in seen:
+        return "a second row with this id"
+    if row.request is None and not (row.response and row.response_label):
+        return "labels neither the request nor an answer"
+    if row.image is not None:
+        try:
+            conversation(row)
+        except CorpusError as error:
+            return str(error)
+    return None
 
 
 def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, console: Console) -> dict[str, Any]:
     """Measures ``model`` on a data file and prints the table; returns the figures."""
-    rows = sample(read_rows(data), limit)
-    with Progress(console=console) as progress, worker(model) as socket:
-        asked = asyncio.run(ask_all(rows, socket, concurrency=concurrency, progress=progress))
-    summary = {"data": data.name, "limit": limit, **summarise(asked, model)}
-    print_table(summary, console)
+    skipped = Skipped()
+    rows = sample(usable(read_good_rows(data, skipped), skipped), limit)
+    outcomes = measure(rows, model, concurrency=concurrency, console=console)
+    name, revision = identity(model)
+    summary = {"data": data.name, "limit": limit, **summarise(outcomes, model=name, revision=revision)}
+    for sheet in tables.all_sheets({name: summary}, None):
+        console.print(sheet.rich())
+    if skipped.reasons:
+        console.print(skipped.summary())
     return summary
 
 
 def write_json(summary: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

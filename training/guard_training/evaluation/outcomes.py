@@ -75,9 +75,9 @@ def modality(row: Row) -> Modality:
     return "text_image" if row.prompt or row.response else "image"
 
 
-def outcome(row: Row, answer: Verdict | GuardError, *, seconds: float | None, model: str, revision: str) -> Outcome:
-    """The record of one answer. An answer nobody gave to judge has no label, whatever the row says."""
-    blank = Outcome(
+def blank(row: Row, *, model: str = "", revision: str = "", seconds: float | None = None) -> Outcome:
+    """The row alone, nothing said about it yet. An answer nobody gave to judge has no label, whatever the row says."""
+    return Outcome(
         id=row.id,
         source=row.source,
         modality=modality(row),
@@ -87,10 +87,15 @@ def outcome(row: Row, answer: Verdict | GuardError, *, seconds: float | None, mo
         model=model,
         revision=revision,
     )
+
+
+def outcome(row: Row, answer: Verdict | GuardError, *, seconds: float | None, model: str, revision: str) -> Outcome:
+    """The record of one answer."""
+    start = blank(row, model=model, revision=revision, seconds=seconds)
     if isinstance(answer, GuardError):
-        return dataclasses.replace(blank, error=answer.kind.value)
+        return dataclasses.replace(start, error=answer.kind.value)
     return dataclasses.replace(
-        blank,
+        start,
         request=answer.request,
         response=answer.response,
         request_score=answer.request_score,

@@ -1,13 +1,24 @@
-"""Rates with 95 % intervals, and the counts behind precision, recall and F1. Pure functions."""
+"""Rates with 95 % intervals, the counts behind precision, recall and F1, and the bootstrap. Pure functions.
+
+Every bootstrap resamples rows. A figure depends on the rows through a few counts only, so a resample is one
+multinomial draw of these counts: the same distribution at no cost.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _Z = 1.959963984540054
+DRAWS = 1000
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +33,7 @@ class Rate:
         return self.hits / self.total if self.total else None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> Interval | None:
         """Wilson's score interval (Wilson 1927)."""
         if not self.total:
             return None
@@ -68,21 +79,113 @@ def confusion(pairs: Sequence[tuple[bool, bool | None]]) -> Confusion:
     return Confusion(tp, fp, tn, fn)
 
 
-def f1_interval(
-    pairs: Sequence[tuple[bool, bool | None]], *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float] | None:
+def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS, seed: int = 0) -> Interval | None:
     """Percentile bootstrap 95 % interval of F1 over the rows; None where F1 has no meaning."""
     counts = confusion(pairs)
     if counts.f1 is None:
         return None
+    return percentiles(figures(resample(counts, np.random.default_rng(seed), draws))["f1"])
+
+
+def resample(counts: Confusion, rng: np.random.Generator, draws: int = DRAWS) -> Array:
+    """(draws, 4) counts of resampled rows: true and false positives, true and false negatives."""
     cells = (counts.true_positive, counts.false_positive, counts.true_negative, counts.false_negative)
-    rng = random.Random(seed)  # noqa: S311
-    values = []
-    for _ in range(draws):
-        drawn = rng.choices(range(4), cells, k=sum(cells))
-        values.append(Confusion(*(drawn.count(cell) for cell in range(4))).f1 or 0.0)
-    values.sort()
-    return values[int(0.025 * draws)], values[min(int(0.975 * draws), draws - 1)]
+    return _multinomial(cells, rng, draws)
+
+
+def figures(cells: Array) -> dict[str, Array]:
+    """Recall, false-positive rate, F1 and accuracy of each row of ``resample``; NaN where there is nothing to count,
+    but F1 is 0 where nothing was found (as in scikit-learn)."""
+    tp, fp, tn, fn = cells.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f1 = 2 * tp / (2 * tp + fp + fn)
+        return {
+            "recall": tp / (tp + fn),
+            "false_positive_rate": fp / (fp + tn),
+            "f1": np.nan_to_num(f1),
+            "accuracy": (tp + tn) / cells.sum(axis=1),
+        }
+
+
+def percentiles(values: Array) -> Interval | None:
+    """The 2.5th and 97.5th percentile of bootstrap values; None where no draw had a value."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return None
+    low, high = np.percentile(known, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def mean_draws(draws: Sequence[Array]) -> Array:
+    """Draw by draw the mean over several groups; a group whose resample has no value is left out of that draw."""
+    stacked = np.stack(draws)
+    known = ~np.isnan(stacked)
+    count = known.sum(axis=0)
+    mean: Array = np.where(count > 0, np.nansum(stacked, axis=0) / np.maximum(count, 1), np.nan)
+    return mean
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """How two guards did on the same rows; ``cells[harmful][ours right][theirs right]`` counts them."""
+
+    cells: tuple[int, ...]
+
+    @property
+    def only_ours(self) -> int:
+        """Rows that only ours has right."""
+        return self.cells[2] + self.cells[6]
+
+    @property
+    def only_theirs(self) -> int:
+        return self.cells[1] + self.cells[5]
+
+    @property
+    def p(self) -> float:
+        """Two-sided exact McNemar test that both are right equally often (McNemar 1947)."""
+        n, k = self.only_ours + self.only_theirs, min(self.only_ours, self.only_theirs)
+        if n == 0:
+            return 1.0
+        logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+        return min(1.0, 2 * sum(math.exp(one - n * math.log(2)) for one in logs))
+
+    def sides(self) -> tuple[Confusion, Confusion]:
+        """Ours and theirs."""
+        ours, theirs = _both(np.array([self.cells], dtype=np.float64))
+        return _confusion(ours[0]), _confusion(theirs[0])
+
+    def differences(self, rng: np.random.Generator, draws: int = DRAWS) -> dict[str, Array]:
+        """Ours minus theirs of each figure, over resampled rows; the pairing is kept."""
+        ours, theirs = (figures(cells) for cells in _both(_multinomial(self.cells, rng, draws)))
+        return {name: ours[name] - theirs[name] for name in ours}
+
+
+def pair(rows: Sequence[tuple[bool, bool | None, bool | None]]) -> Paired:
+    """Counts of (is harmful, our call, their call); a call of None is wrong."""
+    cells = [0] * 8
+    for is_, ours, theirs in rows:
+        cells[4 * is_ + 2 * (ours is is_) + (theirs is is_)] += 1
+    return Paired(tuple(cells))
+
+
+def _confusion(cells: Array) -> Confusion:
+    return Confusion(*(int(n) for n in cells))
+
+
+def _both(cells: Array) -> tuple[Array, Array]:
+    """(n, 8) paired counts as two (n, 4) confusions."""
+    _, harmless_theirs, harmless_ours, harmless_both, none, theirs, ours, both = cells.T
+    false = cells[:, 0]
+    return (
+        np.stack([ours + both, false + harmless_theirs, harmless_ours + harmless_both, none + theirs], axis=1),
+        np.stack([theirs + both, false + harmless_ours, harmless_theirs + harmless_both, none + ours], axis=1),
+    )
+
+
+def _multinomial(cells: Sequence[int], rng: np.random.Generator, draws: int) -> Array:
+    total = sum(cells)
+    shares: Any = [cell / total for cell in cells] if total else [1.0] + [0.0] * (len(cells) - 1)
+    return rng.multinomial(total, shares, size=draws).astype(np.float64)
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:

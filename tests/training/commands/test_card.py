@@ -1,0 +1,49 @@
+"""``guard-train card`` on what ``guard-train evaluate`` wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from guard_training.commands import card, evaluate
+from guard_training.evaluation.card import BEGIN, END
+
+
+def call(*arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    card.add(commands)
+    evaluate.add(commands)
+    given = parser.parse_args([*map(str, arguments)])
+    given.run(given)
+
+
+def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "source": "locks", "prompt": "p", "prompt_label": "harmful"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [{"id": str(n), "request_score": 0.4 * n} for n in range(3)]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    figures = tmp_path / "dev.json"
+    call(
+        "evaluate",
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--predictions",
+        f"tfidf={tmp_path}/said.jsonl",
+        "--json",
+        figures,
+    )
+    (tmp_path / "README.md").write_text(f"# guard\n{BEGIN}\nold\n{END}\n")
+    call("card", "--model", tmp_path, "--results", figures)
+    text = (tmp_path / "README.md").read_text()
+    assert "old" not in text
+    assert "| locks | request | 3 | 3 | 33.3 (6.1-79.2) |" in text
+
+
+def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("card", "--help")
+    assert "guard-train card --model" in capsys.readouterr().out

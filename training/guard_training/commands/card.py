@@ -1,0 +1,32 @@
+"""``guard-train card``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_ABOUT = """\
+Writes the figures of `guard-train evaluate --json` into a model card (README.md in the model's folder), between
+the lines `<!-- results:begin -->` and `<!-- results:end -->`.
+
+  guard-train evaluate --data dev.jsonl.gz --model out/model --json dev.json
+  guard-train card --model out/model --results dev.json
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    card = commands.add_parser(
+        "card",
+        help="write results into a model card",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    card.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model's folder")
+    card.add_argument("--results", type=Path, required=True, nargs="+", metavar="FILE", help="evaluate's JSON files")
+    card.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    from guard_training.evaluation.card import write_results
+
+    write_results(given.model / "README.md", given.results)

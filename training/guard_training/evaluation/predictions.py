@@ -1,0 +1,101 @@
+"""Another model's answers to the same rows, from a file: a baseline, a hosted moderation API, a guard run elsewhere.
+
+One JSON object per line, joined to the rows by ``id``, with any of:
+
+- ``request_score``, ``response_score``: probability of harmful, 0..1; at least 0.5 is a call of harmful,
+- ``request``, ``response``: the call itself, which then stands whatever the score is,
+- ``output``: a reasoning guard's whole text, read by the mode's rules (strict: the product's own parser),
+- ``error``, ``prompt_tokens``, ``completion_tokens``, ``reasoning_tokens``, ``seconds``.
+
+A file of outcomes (``evaluate --outcomes``) is such a file. Refuses: a line without an id, one id twice, another label,
+a score outside 0..1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.guard.parse import parse
+from guard_training.corpus.rows import Row, Skipped, open_text
+from guard_training.evaluation.metrics import Mode, paper_label
+from guard_training.evaluation.outcomes import SIDES, Outcome, OutcomeError, blank, from_json, to_json
+
+THRESHOLD = 0.5
+#: a row that the file says nothing about
+MISSING = "missing"
+_TAKEN = (
+    "request", "response", "request_score", "response_score", "error", "prompt_tokens", "completion_tokens",
+    "reasoning_tokens", "seconds", "revision",
+)  # fmt: skip
+
+
+def read_predictions(path: Path, name: str, rows: Sequence[Row], mode: Mode, skipped: Skipped) -> list[Outcome]:
+    """One outcome per row, in order; ``error`` is ``missing`` where the file has no line for it, and that is wrong.
+
+    Lines about other rows are passed over. Raises ``OutcomeError`` where no line fits a row.
+    """
+    lines = _lines(path, skipped)
+    outcomes = []
+    for row in rows:
+        start = blank(row, model=name)
+        value = lines.get(row.id)
+        if value is None:
+            outcomes.append(dataclasses.replace(start, error=MISSING))
+            continue
+        try:
+            outcomes.append(_outcome(start, value, mode))
+        except OutcomeError as error:
+            skipped(f"{path.name}: {row.id}: {error}")
+            outcomes.append(dataclasses.replace(start, error=MISSING))
+    if not any(row.id in lines for row in rows):
+        raise OutcomeError(f"{path}: no line has the id of a row of the data; ids must be those of the data file")
+    return outcomes
+
+
+def _lines(path: Path, skipped: Skipped) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+                skipped(f"{path.name}:{number}: no object with a text id")
+            elif value["id"] in found:
+                skipped(f"{path.name}:{number}: id {value['id']!r} a second time")
+            else:
+                found[value["id"]] = value
+    return found
+
+
+def _outcome(start: Outcome, value: Mapping[str, Any], mode: Mode) -> Outcome:
+    known = {key: value[key] for key in _TAKEN if value.get(key) is not None}
+    if isinstance(value.get("output"), str):
+        known |= _read(value["output"], start.response_label is not None, mode)
+    given = from_json({**to_json(start), **known})
+    for side in SIDES:
+        score = given.score(side)
+        if given.called(side) is None and score is not None and given.error is None:
+            called = "harmful" if score >= THRESHOLD else "unharmful"
+            given = dataclasses.replace(given, **{side: called})  # type: ignore[arg-type]
+    silent = all(given.called(side) is None for side in SIDES if given.label(side) is not None)
+    return dataclasses.replace(given, error=MISSING) if silent and given.error is None else given
+
+
+def _read(output: str, answered: bool, mode: Mode) -> dict[str, Any]:
+    if mode == "paper":
+        found: dict[str, Any] = {side: paper_label(output, side) for side in SIDES}
+        return {**found, "error": None if any(found.values()) else GuardErrorKind.UNPARSEABLE.value}
+    try:
+        parsed = parse(output, answered=answered)
+    except GuardError as error:
+        return {"error": error.kind.value}
+    return {"request": parsed.request, "response": parsed.response}
