@@ -9,10 +9,10 @@ import pytest
 
 from guard_training.commands import robustness as command
 from guard_training.corpus.rows import Row
-from guard_training.evaluation import robustness
+from guard_training.evaluation import measure, robustness
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.perturb import PerturbError, Variant
-from guard_training.evaluation.robustness import asked_key, guard_identity, paired_change
+from guard_training.evaluation.robustness import paired_change
 
 
 def _parse(*arguments: str) -> argparse.Namespace:
@@ -57,23 +57,6 @@ def test_an_error_is_wrong_on_either_side_and_a_row_without_the_variant_counts_n
     assert [source["source"] for source in entry["sources"]] == ["a"]
 
 
-def test_a_question_is_named_by_the_guard_and_by_all_it_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"1")
-    rows = [
-        Row("1", "s", "ask", "harmful"),
-        Row("1", "s", "ask it", "harmful"),
-        Row("1", "s", "ask", "harmful", "answer", "harmful"),
-        Row("1", "s", "ask", "harmful", image=tmp_path / "a.png"),
-    ]
-    assert len({asked_key(row, guard) for row in rows for guard in ("g1", "g2")}) == 8
-    assert asked_key(rows[0], "g") == asked_key(Row("2", "other", "ask", "unharmful"), "g")
-
-
-def test_a_model_that_is_none_is_said_so() -> None:
-    with pytest.raises(PerturbError, match="no such folder"):
-        guard_identity("./nowhere")
-
-
 def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,26 +81,24 @@ def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
     assert "rows.jsonl:5" in printed
     answers = output / "answers.jsonl"
     whole = answers.read_text()
-    assert "lock" not in whole.replace('"source": "locks"', "")
+    assert "pick a lock" not in whole
     assert len(whole.splitlines()) == 24
 
     # Killed while it wrote the last line: that one is asked again, the others are not.
     answers.write_text(whole[:-20])
-    asked: list[int] = []
-    ask_all = robustness.ask_all
-
-    async def counted(rows: list[Row], socket: str, **options: Any) -> Any:
-        asked.append(len(rows))
-        return await ask_all(rows, socket, **options)
-
-    monkeypatch.setattr(robustness, "ask_all", counted)
     command.run(given)
-    again = json.loads((output / "report.json").read_text())
-    assert asked == [1]
-    assert again == report
+    assert "23 of 24 rows are in" in capsys.readouterr().out
+    assert json.loads((output / "report.json").read_text()) == report
     # Everything is known: no worker starts at all.
-    monkeypatch.setattr(robustness, "worker", None)
+    monkeypatch.setattr(measure, "worker", None)
     command.run(given)
+
+
+def test_a_model_that_is_none_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "1", "source": "s", "prompt": "hi", "prompt_label": "harmful"}\n')
+    given = _parse("--data", str(tmp_path / "rows.jsonl"), "--model", "./nowhere", "--output", str(tmp_path / "o"))
+    with pytest.raises(ValueError, match="no such folder"):
+        command.run(given)
 
 
 def test_data_without_a_subject_is_said_so(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> None:
             translations=given.translations,
             concurrency=given.concurrency,
             seed=given.seed,
-            console=Console() if sys.stdout.isatty() else Console(width=160),
+            console=Console() if sys.stdout.isatty() else Console(width=190),
         )
     except WorkerFailed as error:
         raise ValueError(str(error)) from None

@@ -32,7 +32,7 @@ from guard_middleware.worker.weights import resolve
 from guard_middleware.worker.windows import plan
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
-from guard_training.evaluation.measure import cell, sample
+from guard_training.evaluation.measure import sample
 from guard_training.evaluation.probe import (
     INTERVENTIONS,
     Case,
@@ -44,13 +44,12 @@ from guard_training.evaluation.probe import (
     prefill_text,
     question_key,
 )
-from guard_training.evaluation.robustness import rate_json
+from guard_training.evaluation.robustness import mean_json, rate_json
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
+from guard_training.evaluation.tables import cell
 from guard_training.journal import Journal
 from guard_training.tuning.contract import ContractError, load_contract
-
-_Z = 1.959963984540054
 
 
 class AuditError(ValueError):
@@ -153,16 +152,6 @@ def _reading(written: Sequence[Written]) -> dict[str, Any]:
         "contradicts": rate_json(Rate(sum(end != label for end, label in stated), len(stated))),
         "changes_its_mind": rate_json(Rate(sum(turns), len(written))),
     }
-
-
-def mean_json(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean with its normal 95 % interval."""
-    if not values:
-        return None
-    n, mean = len(values), sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(1, n - 1)) ** 0.5
-    half_width = _Z * spread / n**0.5
-    return {"value": mean, "interval": (mean - half_width, mean + half_width), "n": n}
 
 
 def _effect(

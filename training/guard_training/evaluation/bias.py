@@ -30,10 +30,10 @@ from rich.table import Table
 
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Skipped, open_text
-from guard_training.evaluation.measure import cell
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
 from guard_training.evaluation.robustness import rate_json
 from guard_training.evaluation.stats import Array, Rate, percentiles
+from guard_training.evaluation.tables import cell
 
 DRAWS = 1000
 _KEYS = {"request": ("request", "prompt_label"), "response": ("response", "response_label")}

@@ -7,14 +7,12 @@ sides. A guard error counts as wrong. Translations are read from a file of peopl
 
 What is measured is the guard behind its worker; the gateway's own refusals (hidden characters, limits) come on top.
 
-Answers are kept under the digest of what was asked and of the guard, so a journal of another guard, seed or data file
-is never taken for this one's. They hold no text.
+Answers are kept under the digest of what was asked and of the guard's revision (``measure``), without text.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,17 +24,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_middleware.errors import ConfigError
-from guard_middleware.worker.weights import resolve
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
-from guard_training.evaluation.measure import ask_all, cell, sample, worker
-from guard_training.evaluation.outcomes import Outcome, Side, from_json, outcome, to_json
+from guard_training.evaluation.curves import area_interval, curve
+from guard_training.evaluation.measure import identity, measure, sample
+from guard_training.evaluation.outcomes import Outcome, Side
 from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
 from guard_training.evaluation.stats import Rate
-from guard_training.journal import Journal
+from guard_training.evaluation.tables import cell
 
-#: Rows asked before their answers are written down.
-_CHUNK = 64
 _PLAIN = "as it is"
 _Z = 1.959963984540054
 
@@ -75,42 +70,14 @@ def rate_json(rate: Rate | Change) -> dict[str, Any] | None:
     return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
 
 
-def asked_key(row: Row, guard: str) -> str:
-    """Names a question: digest of the guard and of all that it is shown."""
-    image = hashlib.sha256(row.image.read_bytes()).hexdigest() if row.image else None
-    answer = row.response if row.response_label else None
-    return hashlib.sha256(json.dumps([guard, row.prompt, answer, image]).encode()).hexdigest()[:32]
-
-
-def guard_identity(model: str) -> str:
-    """Names a guard with all its serving facts; raises ``PerturbError`` for none."""
-    try:
-        return repr(resolve(model).facts)
-    except ConfigError as error:
-        raise PerturbError(str(error)) from None
-
-
-def ask(
-    rows: Sequence[Row], model: str, journal: Journal, *, concurrency: int, progress: Progress
-) -> dict[str, Outcome]:
-    """Outcomes by ``asked_key``; what the journal knows is not asked again. No worker starts where it knows all."""
-    guard = guard_identity(model)
-    due = {key: row for row in rows if (key := asked_key(row, guard)) not in journal.done}
-    task = progress.add_task("asking the guard", total=len(due))
-    if due:
-        with worker(model) as socket:
-            keys = list(due)
-            for start in range(0, len(keys), _CHUNK):
-                chunk = keys[start : start + _CHUNK]
-                with Progress(disable=True) as quiet:
-                    answers = asyncio.run(
-                        ask_all([due[key] for key in chunk], socket, concurrency=concurrency, progress=quiet)
-                    )
-                for key, one in zip(chunk, answers, strict=True):
-                    said = outcome(one.row, one.outcome, seconds=one.seconds, model=model, revision="")
-                    journal.append({**to_json(said), "id": key})
-                progress.advance(task, len(chunk))
-    return {line["id"]: from_json(line) for line in journal}
+def mean_json(values: Sequence[float]) -> dict[str, Any] | None:
+    """Mean with its normal 95 % interval."""
+    if not values:
+        return None
+    n, mean = len(values), sum(values) / len(values)
+    spread = (sum((value - mean) ** 2 for value in values) / max(1, n - 1)) ** 0.5
+    half_width = _Z * spread / n**0.5
+    return {"value": mean, "interval": (mean - half_width, mean + half_width), "n": n}
 
 
 def measure_robustness(
@@ -136,38 +103,37 @@ def measure_robustness(
     chosen = sample(subjects(rows, side), limit, seed)
     if not chosen:
         raise PerturbError(f"{data}: no row has text and a label for its {side} without an image")
-    guard = guard_identity(model)
+    name, revision = identity(model)
     ways = [
         Variant(_PLAIN, "", lambda row: row),
         *variants(rows, side, groups=groups, translations=words, images=output / "images", seed=seed),
     ]
-    with Progress(console=console) as progress, Journal(output / "answers.jsonl") as journal:
-        task = progress.add_task("writing variants", total=len(ways))
-        forms: dict[str, list[Row | None]] = {}
-        for way in ways:
-            forms[way.name] = [way.change(row) for row in chosen]
-            progress.advance(task)
-        everything = [row for form in forms.values() for row in form if row is not None]
-        answers = ask(everything, model, journal, concurrency=concurrency, progress=progress)
-    said = {
-        name: [None if row is None else answers[asked_key(row, guard)] for row in form] for name, form in forms.items()
-    }
+    with Progress(console=console) as progress:
+        forms = [[_form(way, row) for row in chosen] for way in progress.track(ways, description="writing variants")]
+    asked = [row for form in forms for row in form if row is not None]
+    answers = iter(measure(asked, model, concurrency=concurrency, console=console, journal=output / "answers.jsonl"))
+    said = [[None if row is None else next(answers) for row in form] for form in forms]
     report = {
         "data": data.name,
-        "model": model,
-        "revision": resolve(model).facts.revision,
+        "model": name,
+        "revision": revision,
         "side": side,
         "limit": limit,
         "seed": seed,
         "rows": len(chosen),
         "left_out": len(skipped.reasons),
-        "variants": [_entry(way, chosen, said[_PLAIN], said[way.name], side) for way in ways],
+        "variants": [_entry(way, chosen, said[0], form, side) for way, form in zip(ways, said, strict=True)],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print_table(report, console)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)
     return report
+
+
+def _form(way: Variant, row: Row) -> Row | None:
+    changed = way.change(row)
+    return None if changed is None else dataclasses.replace(changed, id=f"{way.name}/{row.id}")
 
 
 def _entry(
@@ -203,7 +169,20 @@ def _figures(pairs: Sequence[tuple[Row, Outcome, Outcome]], side: Side) -> dict[
         ]
         figures[name] = rate_json(Rate(sum(after for _, after in hits), len(hits)))
         figures[f"{name}_change"] = rate_json(paired_change([b for b, _ in hits], [a for _, a in hits]))
-    return figures
+    return {**figures, "auc": _area(pairs, side)}
+
+
+def _area(pairs: Sequence[tuple[Row, Outcome, Outcome]], side: Side) -> dict[str, Any] | None:
+    """How well the scores still tell the two labels apart, whatever the threshold."""
+    known = [
+        ((row.request if side == "request" else row.response_label) == "harmful", score)
+        for row, _, after in pairs
+        if (score := after.score(side)) is not None
+    ]
+    truth, scores = [harmful for harmful, _ in known], [score for _, score in known]
+    found = curve(truth, scores) if known else None
+    interval = None if found is None else area_interval(truth, scores)
+    return None if found is None else {"value": found.area, "interval": interval or (0.0, 1.0), "n": len(known)}
 
 
 def _hit(said: Outcome, side: Side, label: str) -> bool:
@@ -212,9 +191,11 @@ def _hit(said: Outcome, side: Side, label: str) -> bool:
 
 def print_table(report: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{report['model']} {report['revision']}: {report['side']}s, per cent with 95 % intervals")
-    for number, column in enumerate(
-        ("perturbation", "group", "harmful", "recall", "change", "harmless", "false positives", "change", "errors")
-    ):
+    columns = (
+        "perturbation", "group", "harmful", "recall", "change", "harmless", "false positives", "change", "area (ROC)",
+        "errors",
+    )  # fmt: skip
+    for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < 2 else "right")
     for entry in report["variants"]:
         recall, alarms = entry["recall"], entry["false_positive_rate"]
@@ -228,7 +209,8 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
             str(alarms["n"] if alarms else 0),
             cell(alarms),
             "" if plain else cell(entry["false_positive_rate_change"]),
-            str(entry["errors"]),
+            cell(entry["auc"]),
+            str(entry["errors"]) if entry["errors"] else "-",
         )
     console.print(table)
     console.print(

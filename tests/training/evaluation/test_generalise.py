@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from guard_middleware.worker.weights import NANO
+from guard_training.commands import generalise as command
+from guard_training.corpus.rows import Row
+from guard_training.evaluation import generalise
+from guard_training.evaluation.generalise import Fold, GeneraliseError, Said, figures, linear, read_groups, train_guard
+from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
+
+HARM = ("pick a lock", "steal a bicycle", "forge a ticket", "trick a neighbour", "break a window", "cheat in a test")
+GOOD = ("bake a loaf", "paint a fence", "plant a tree", "tune a guitar", "fold a shirt", "clean a window")
+ENDS = ("at night", "in a hurry", "with a friend", "by the sea", "on a Sunday")
+
+
+def _parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    return parser.parse_args(["generalise", *arguments])
+
+
+def _corpus(folder: Path) -> tuple[Path, Recipe]:
+    frames = {"asks": "How do I {}?", "wants": "I want to {}.", "plans": "Make a plan to {}."}
+    lines = [
+        {
+            "id": f"{source}{n}{label}",
+            "source": f"{source}_{label}",
+            "prompt": frame.format(text),
+            "prompt_label": label,
+        }
+        for source, frame in frames.items()
+        for label, deeds in (("harmful", HARM), ("unharmful", GOOD))
+        for n, text in enumerate(f"{deed} {end}" for deed in deeds for end in ENDS)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, dataclasses.replace(read_recipe(default_recipe()), files=["rows.jsonl"], held_out=0.2)
+
+
+def _write(recipe: Recipe, file: Path) -> str:
+    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    return str(file)
+
+
+def test_groups_are_the_sources_unless_named_and_an_unknown_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    assert read_groups(data, recipe, None) == []
+    monkeypatch.setattr(generalise, "LEAST", 30)
+    assert len(read_groups(data, recipe, None)) == 6
+    less = dataclasses.replace(recipe, exclude=["asks_harmful"])
+    assert ("asks_harmful",) not in read_groups(data, less, None)
+    assert read_groups(data, recipe, ["asks_harmful+asks_unharmful"]) == [("asks_harmful", "asks_unharmful")]
+    with pytest.raises(GeneraliseError, match=r"begs: no labelled request.*asks_harmful"):
+        read_groups(data, recipe, ["begs"])
+
+
+def test_a_fold_trains_on_nothing_of_its_group(tmp_path: Path) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    fold = generalise.make_fold(data, recipe, ("asks_harmful",), limit=10, seed=0)
+    assert "asks_harmful" not in {row.source for row in (*fold.train, *fold.seen)}
+    assert {row.source for row in fold.left_out} == {"asks_harmful"}
+    assert len(fold.left_out) == 10
+    assert {row.id for row in fold.seen}.isdisjoint(row.id for row in fold.train)
+
+
+def _fold(left_out: list[Row], seen: list[Row]) -> Fold:
+    return Fold(tuple(dict.fromkeys(row.source for row in left_out)), (), tuple(left_out), tuple(seen))
+
+
+def test_the_area_is_taken_against_the_nearest_rows_of_the_other_label() -> None:
+    rows = [Row("1", "a", "p", "harmful"), Row("2", "b", "p", "unharmful"), Row("3", "c", "p", "unharmful")]
+    said = [Said(0.9, True), Said(0.2, False), Said(0.95, True)]
+    alone, both = figures(_fold(rows[:1], rows[1:]), said), figures(_fold(rows[:2], rows[2:]), said)
+    assert (alone[0]["auc"]["against"], alone[0]["auc"]["value"]) == ("seen sources", 0.5)
+    assert (both[0]["auc"]["against"], both[0]["auc"]["value"]) == ("the group", 1.0)
+    mixed = figures(_fold([rows[0], dataclasses.replace(rows[1], source="a")], rows[2:]), said)
+    assert (mixed[0]["auc"]["against"], mixed[0]["auc"]["n"]) == ("itself", 2)
+    assert figures(_fold(rows[:1], []), said[:1])[0]["auc"] is None
+
+
+def test_an_error_is_wrong_and_has_no_place_on_the_curve() -> None:
+    rows = [Row("1", "a", "p", "harmful"), Row("2", "a", "p", "unharmful"), Row("3", "a", "p", "unharmful")]
+    (entry,) = figures(_fold(rows, []), [Said(0.9, True), Said(None, None), Said(0.2, False)])
+    assert (entry["recall"]["value"], entry["false_positive_rate"]["value"], entry["errors"]) == (1.0, 0.5, 1)
+    assert (entry["auc"]["value"], entry["auc"]["n"]) == (1.0, 2)
+
+
+def test_the_baseline_judges_deeds_that_other_sources_taught_it(tmp_path: Path) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    fold = generalise.make_fold(data, recipe, ("asks_harmful", "asks_unharmful"), limit=None, seed=0)
+    said = linear(fold)
+    assert len(said) == len(fold.left_out) + len(fold.seen)
+    for entry in figures(fold, said):
+        assert entry["auc"]["value"] > 0.9
+
+
+def test_the_baseline_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(GeneraliseError, match="pip install 'scikit-learn"):
+        linear(_fold([Row("1", "a", "p", "harmful")], []))
+
+
+def test_the_quick_command_prints_every_fold_and_does_none_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    file, output = _write(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
+    given = _parse(
+        *("--data", str(data), "--recipe", file, "--output", str(output), "--quick"),
+        *("--groups", "asks_harmful+asks_unharmful", "wants_harmful"),
+    )
+    command.run(given)
+    report = json.loads((output / "report.json").read_text())
+    assert [(entry["group"], entry["source"]) for entry in report["entries"]] == [
+        ("asks_harmful+asks_unharmful", "asks_harmful"),
+        ("asks_harmful+asks_unharmful", "asks_unharmful"),
+        ("wants_harmful", "wants_harmful"),
+    ]
+    assert report["means"][0]["auc"]["n"] == 3
+    assert "mean over sources" in capsys.readouterr().out
+
+    # Killed in the second fold: only that one is done again.
+    journal = output / "folds.jsonl"
+    journal.write_text(journal.read_text()[:-10])
+    done: list[str] = []
+    fit = generalise.linear
+
+    def counted(fold: Fold) -> list[Said]:
+        done.append(fold.name)
+        return fit(fold)
+
+    monkeypatch.setattr(generalise, "linear", counted)
+    command.run(given)
+    assert done == ["wants_harmful"]
+    assert json.loads((output / "report.json").read_text()) == report
+
+
+def test_a_training_that_fails_ends_with_its_log_and_another_recipe_is_refused(tmp_path: Path) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    fold = _fold([Row("1", "asks_harmful", "p", "harmful")], [])
+    with pytest.raises(GeneraliseError, match=r"training without asks_harmful failed(.|\n)*--no-such"):
+        train_guard(data, recipe, fold, tmp_path / "fold", ["--no-such"])
+    stated = yaml.safe_load((tmp_path / "fold" / "recipe.yaml").read_text())
+    assert stated["exclude"] == ["asks_harmful"]
+    with pytest.raises(GeneraliseError, match="begun with another recipe"):
+        train_guard(data, dataclasses.replace(recipe, seed=99), fold, tmp_path / "fold")
+
+
+def test_a_guard_that_is_trained_is_asked_about_what_it_never_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data, recipe = _corpus(tmp_path / "data")
+    folder = tmp_path / "out" / "folds" / "asks_harmful+asks_unharmful"
+    (folder / "run").mkdir(parents=True)
+    (folder / "run" / "model").symlink_to(NANO)  # as if this fold's training had ended with nano's weights
+    (folder / "finished").touch()
+    given = _parse(
+        *("--data", str(data), "--recipe", _write(recipe, tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")),
+        *("--groups", folder.name, "--limit", "6", "--concurrency", "2"),
+    )
+    command.run(given)
+    entries = json.loads((tmp_path / "out" / "report.json").read_text())["entries"]
+    assert [entry["model"] for entry in entries] == ["linear", "linear", recipe.name, recipe.name]
+    assert all(entry["rows"] == 6 and entry["errors"] == 0 for entry in entries)
+    assert all(entry["auc"]["against"] == "the group" for entry in entries)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["exclude"] == ["asks_harmful", "asks_unharmful"]
+
+
+def test_options_of_the_training_go_after_two_dashes() -> None:
+    given = _parse("--data", "d", "--groups", "a", "b+c", "--", "--wordnet", "w")
+    assert (given.groups, given.options) == (["a", "b+c"], ["--wordnet", "w"])
+
+
+def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parse("--help")
+    assert "guard-train generalise --data" in capsys.readouterr().out

@@ -1,0 +1,314 @@
+"""Leave-one-source-out: how a guard judges a kind of content that it never trained on.
+
+Harmful and harmless rows seldom share a source, so a guard can learn how a source writes. Per fold one source, or a
+group of them, is left out of the recipe (``exclude``), a guard is trained without it, and it is asked about the rows
+left out. Beside it stands a linear baseline on the same training texts: TF-IDF of words and logistic regression,
+labels and sources weighed evenly; a guard that does not beat it has learnt words.
+
+Requests only. Recall and false positives are at the guard's own operating point (0.5 for the baseline). The area
+under the ROC curve needs both labels: where a group holds one only, it is taken against held-out rows of the other
+label from sources that *were* trained on, and says so; it is then easier than a source nobody saw.
+
+Refuses: a group with a source that the recipe's files do not hold, or whose absence leaves one label untrained; a fold
+begun with another recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from guard_training.corpus.rows import Row, read_rows
+from guard_training.evaluation.curves import area_interval, curve
+from guard_training.evaluation.measure import measure, sample
+from guard_training.evaluation.perturb import subjects
+from guard_training.evaluation.robustness import mean_json, rate_json
+from guard_training.evaluation.stats import Array, Rate
+from guard_training.evaluation.tables import cell
+from guard_training.journal import Journal
+from guard_training.nano.recipe import Recipe
+from guard_training.rowfile import digest
+
+#: Labelled requests that a source must have to be a fold of its own by default.
+LEAST = 50
+_LOG_TAIL = 2000
+
+
+class GeneraliseError(ValueError):
+    """A fold that cannot be made; the message says what to give instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One group of sources left out: texts to train on, rows of the group, and unseen rows of the other sources."""
+
+    group: tuple[str, ...]
+    train: tuple[Row, ...]
+    left_out: tuple[Row, ...]
+    seen: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A guard's answer to one row: P(harmful) 0..1 and its call, both None for an error."""
+
+    score: float | None
+    harmful: bool | None
+
+
+def read_groups(data: Path, recipe: Recipe, stated: Sequence[str] | None) -> list[tuple[str, ...]]:
+    """``source`` or ``source+source`` as groups; by default every source with ``LEAST`` labelled requests."""
+    rows = [row for name in recipe.files for row in subjects(read_rows(data / name), "request")]
+    sizes = Counter(row.source for row in rows if row.source not in recipe.exclude)
+    if not stated:
+        return [(source,) for source, count in sorted(sizes.items()) if count >= LEAST]
+    groups = [tuple(part for part in group.split("+") if part) for group in stated]
+    for source in (source for group in groups for source in group):
+        if source not in sizes:
+            raise GeneraliseError(
+                f"{source}: no labelled request of this source in {', '.join(recipe.files)}; "
+                f"the sources are {', '.join(sorted(sizes))}"
+            )
+    return groups
+
+
+def make_fold(data: Path, recipe: Recipe, group: tuple[str, ...], *, limit: int | None, seed: int) -> Fold:
+    """Rows as nano's own pipeline reads them, with and without the group. Raises ``GeneraliseError``."""
+    from guard_training.nano.pipeline import load_rows
+
+    everything = load_rows(data, recipe)
+    rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]))
+    left_out = [row for row in [*everything.prompts, *everything.held_out] if row.source in group]
+    missing = {"harmful", "unharmful"} - {row.request for row in rows.prompts}
+    if missing:
+        raise GeneraliseError(f"without {'+'.join(group)} no {' and no '.join(sorted(missing))} request is left")
+    return Fold(
+        group,
+        tuple(rows.prompts),
+        tuple(sample(subjects(left_out, "request"), limit, seed)),
+        tuple(sample(subjects(rows.held_out, "request"), limit, seed)),
+    )
+
+
+def linear(fold: Fold) -> list[Said]:
+    """The baseline's answers to the group's rows and then to the seen ones. Raises ``GeneraliseError``."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise GeneraliseError("the linear baseline needs scikit-learn: pip install 'scikit-learn>=1.5,<2'") from None
+    harmful = np.array([row.request == "harmful" for row in fold.train])
+    # A source counts as the root of its size, each label as half.
+    sizes = Counter((row.source, row.request) for row in fold.train)
+    weights = np.array([sizes[row.source, row.request] ** -0.5 for row in fold.train])
+    weights *= np.where(harmful, 0.5 / weights[harmful].sum(), 0.5 / weights[~harmful].sum()) * len(weights)
+    words = TfidfVectorizer(min_df=min(2, len(fold.train)), sublinear_tf=True)
+    seen = words.fit_transform([row.prompt for row in fold.train])
+    model = LogisticRegression(C=10.0, max_iter=1000).fit(seen, harmful, sample_weight=weights)
+    scores: Array = model.predict_proba(words.transform([row.prompt for row in (*fold.left_out, *fold.seen)]))[:, 1]
+    return [Said(float(score), bool(score >= 0.5)) for score in scores]
+
+
+def train_guard(data: Path, recipe: Recipe, fold: Fold, folder: Path, options: Sequence[str] = ()) -> Path:
+    """Trains nano without the group in a process of its own and returns its model's folder; goes on where it was.
+
+    ``options`` are further ones of ``guard-train nano``. Raises ``GeneraliseError`` with the end of the log.
+    """
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    text = yaml.safe_dump({**values, "exclude": [*recipe.exclude, *fold.group]}, sort_keys=False)
+    file, finished = folder / "recipe.yaml", folder / "finished"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise GeneraliseError(f"{folder} was begun with another recipe; give another --output, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    if not finished.exists():
+        code = "import sys; from guard_training.cli import main; sys.exit(main())"
+        arguments = ["nano", "--data", str(data), "--output", str(folder / "run"), "--recipe", str(file)]
+        arguments += options
+        with (folder / "log").open("ab") as log:
+            ended = subprocess.run(  # noqa: S603
+                [sys.executable, "-c", code, *arguments], stdout=log, stderr=subprocess.STDOUT, check=False
+            )
+        if ended.returncode:
+            tail = (folder / "log").read_text(errors="replace")[-_LOG_TAIL:]
+            raise GeneraliseError(f"training without {fold.name} failed:\n{tail}")
+        finished.touch()
+    return folder / "run" / "model"
+
+
+def ask_guard(model: Path, fold: Fold, folder: Path, *, concurrency: int, console: Console) -> list[Said]:
+    """The trained guard's answers to the group's rows and then to the seen ones."""
+    rows = [*fold.left_out, *fold.seen]
+    said = measure(rows, str(model), concurrency=concurrency, console=console, journal=folder / "answers.jsonl")
+    return [Said(one.request_score, None if one.request is None else one.request == "harmful") for one in said]
+
+
+def figures(fold: Fold, said: Sequence[Said]) -> list[dict[str, Any]]:
+    """One entry per source of the group: recall, false positives, area under the ROC curve."""
+    own, others = said[: len(fold.left_out)], said[len(fold.left_out) :]
+    group = list(zip(fold.left_out, own, strict=True))
+    seen = list(zip(fold.seen, others, strict=True))
+    entries = []
+    for source in fold.group:
+        pairs = [(row, one) for row, one in group if row.source == source]
+        calls = {
+            label: [one.harmful for row, one in pairs if row.request == label] for label in ("harmful", "unharmful")
+        }
+        entries.append(
+            {
+                "source": source,
+                "rows": len(pairs),
+                # An error is wrong either way.
+                "recall": rate_json(Rate(sum(call is True for call in calls["harmful"]), len(calls["harmful"]))),
+                "false_positive_rate": rate_json(
+                    Rate(sum(call is not False for call in calls["unharmful"]), len(calls["unharmful"]))
+                ),
+                "errors": sum(one.harmful is None for _, one in pairs),
+                "auc": _auc(pairs, group, seen),
+            }
+        )
+    return entries
+
+
+def _auc(
+    pairs: Sequence[tuple[Row, Said]], group: Sequence[tuple[Row, Said]], seen: Sequence[tuple[Row, Said]]
+) -> dict[str, Any] | None:
+    labels = {row.request for row, _ in pairs}
+    pools = {"itself": pairs, "the group": group, "seen sources": seen}
+    others = {name: [one for one in pool if one[0].request not in labels] for name, pool in pools.items()}
+    against = next((name for name, pool in others.items() if pool), "itself")
+    used = [*pairs, *others[against]]
+    known = [(row.request == "harmful", one.score) for row, one in used if one.score is not None]
+    truth, scores = [is_ for is_, _ in known], [score for _, score in known]
+    found = curve(truth, scores) if known else None
+    if found is None:
+        return None
+    return {
+        "value": found.area,
+        "interval": area_interval(truth, scores) or (0.0, 1.0),
+        "n": len(known),
+        "against": against,
+    }
+
+
+def generalise(
+    data: Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    groups: Sequence[str] | None,
+    quick: bool,
+    limit: int | None,
+    options: Sequence[str] = (),
+    concurrency: int = 12,
+    seed: int = 0,
+    console: Console,
+) -> dict[str, Any]:
+    """Every fold by the baseline and, unless ``quick``, by a trained guard; prints the table, returns the figures.
+
+    ``output`` gets ``folds.jsonl`` (figures of the folds done, which are not done again), a folder per trained fold
+    and ``report.json``. Raises ``GeneraliseError``.
+    """
+    folds = read_groups(data, recipe, groups)
+    if not folds:
+        raise GeneraliseError(f"no source has {LEAST} labelled requests; name some with --groups")
+    settings = [dataclasses.asdict(recipe), [digest(data / name) for name in recipe.files], limit, seed, quick]
+    with Journal(output / "folds.jsonl") as journal:
+        keys = [hashlib.sha256(json.dumps([settings, group]).encode()).hexdigest()[:32] for group in folds]
+        for number, (group, key) in enumerate(zip(folds, keys, strict=True), 1):
+            if key in journal.done:
+                continue
+            with Progress(console=console) as progress:
+                task = progress.add_task(f"fold {number} of {len(folds)}: {'+'.join(group)}", total=2)
+                fold = make_fold(data, recipe, group, limit=limit, seed=seed)
+                progress.advance(task)
+                said = {"linear": linear(fold)}
+                progress.advance(task)
+            if not quick:
+                folder = output / "folds" / fold.name
+                console.print(f"training without {fold.name}; its log is {folder / 'log'}", markup=False)
+                model = train_guard(data, recipe, fold, folder, options)
+                said[recipe.name] = ask_guard(model, fold, folder, concurrency=concurrency, console=console)
+            found = [
+                {"model": name, "group": fold.name, **entry}
+                for name, own in said.items()
+                for entry in figures(fold, own)
+            ]
+            journal.append({"id": key, "entries": found})
+        known = {line["id"]: line["entries"] for line in journal}
+    entries = [entry for key in keys for entry in known[key]]
+    report = {
+        "files": recipe.files,
+        "recipe": recipe.name,
+        "limit": limit,
+        "seed": seed,
+        "entries": entries,
+        "means": [
+            {"model": model, **_means([entry for entry in entries if entry["model"] == model])}
+            for model in dict.fromkeys(entry["model"] for entry in entries)
+        ],
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_table(report, console)
+    return report
+
+
+def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over sources, every source alike."""
+    return {
+        name: mean_json([entry[name]["value"] for entry in entries if entry[name]])
+        for name in ("recall", "false_positive_rate", "auc")
+    }
+
+
+def print_table(report: Mapping[str, Any], console: Console) -> None:
+    table = Table(title="sources left out of training: per cent with 95 % intervals")
+    columns = (
+        "left out",
+        "source",
+        "guard",
+        "rows",
+        "recall",
+        "false positives",
+        "area (ROC)",
+        "against",
+        "errors",
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 3 else "right")
+    for entry in report["entries"]:
+        area = entry["auc"]
+        table.add_row(
+            entry["group"],
+            entry["source"],
+            entry["model"],
+            str(entry["rows"]),
+            cell(entry["recall"]),
+            cell(entry["false_positive_rate"]),
+            cell(area),
+            area["against"] if area else "-",
+            str(entry["errors"]) if entry["errors"] else "-",
+        )
+    table.add_section()
+    for mean in report["means"]:
+        figures = [cell(mean[name]) for name in ("recall", "false_positive_rate", "auc")]
+        table.add_row("mean over sources", "", mean["model"], "", *figures, "", "")
+    console.print(table)
