@@ -151,8 +151,8 @@ def run_build(given: argparse.Namespace) -> None:
     skipped = Skipped()
     given.output.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Part]] = {}
-    with _progress() as progress:
-        prints, track = Fingerprints(given.output / "fingerprints.jsonl"), _track(progress)
+    with _progress() as progress, Fingerprints(given.output / "fingerprints.jsonl") as prints:
+        track = _track(progress)
         plan = Plan(
             seed=given.seed,
             shares=shares,
@@ -181,8 +181,8 @@ def run_check(given: argparse.Namespace) -> None:
     if given.output and len(given.train) > 1:
         raise CorpusError("--output writes one training file: check them one by one")
     skipped = Skipped()
-    with _progress() as progress:
-        prints, track = Fingerprints(given.cache), _track(progress)
+    with _progress() as progress, Fingerprints(given.cache) as prints:
+        track = _track(progress)
         rows = readable(_read(given.train, skipped), prints, skipped, track)
         against = _evaluation_sets(given.against, prints, skipped, track)
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)

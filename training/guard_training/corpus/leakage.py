@@ -23,7 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,12 +122,22 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 class Fingerprints:
-    """Fingerprints of rows' images, kept in a journal so that a second run need not decode them again."""
+    """Fingerprints of rows' images, kept in a journal so that a second run need not decode them again.
+
+    A context manager, to close the journal; without one (``cache`` None) that is not needed.
+    """
 
     def __init__(self, cache: Path | None = None) -> None:
         self._journal = Journal(cache) if cache else None
         kept: Iterable[dict[str, Any]] = self._journal or ()
         self._known = {line["id"]: Fingerprint(line["digest"], bytes.fromhex(line["edges"])) for line in kept}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal:
+            self._journal.__exit__()
 
     def __call__(self, path: Path) -> Fingerprint:
         status = path.stat()

@@ -61,6 +61,14 @@ def text(record: Mapping[str, Any], column: str) -> str:
     return found
 
 
+def optional_text(record: Mapping[str, Any], column: str) -> str | None:
+    """Words, or None where the column is missing or empty."""
+    found = optional(record, column)
+    if found is not None and not isinstance(found, str):
+        raise Unusable(f"column {column!r} holds no text")
+    return found
+
+
 def flag(record: Mapping[str, Any], column: str) -> bool:
     """A boolean, as JSON, parquet or CSV write it."""
     found = str(value(record, column)).strip().lower()

@@ -18,6 +18,7 @@ from guard_training.corpus.sources.fields import (
     harmful,
     label,
     optional,
+    optional_text,
     picture,
     text,
     value,
@@ -43,6 +44,12 @@ _PROBLEMATIC_ADS = (
 HOD_CLASSES = ("alcohol", "blood", "cigarette", "gun", "insulting_gesture", "knife")
 
 
+def _folders(record: Mapping[str, Any]) -> list[str]:
+    """Of an image in a folder of images: the folders above it."""
+    found = record.get("folders")
+    return [str(name).lower().replace(" ", "_") for name in found] if isinstance(found, tuple) else []
+
+
 def unsafebench(record: Mapping[str, Any]) -> Fields:
     """``image, safety_label, category, source`` and, since 2025, ``text``: ``Unsafe`` is harmful, ``Safe`` is not.
 
@@ -51,11 +58,11 @@ def unsafebench(record: Mapping[str, Any]) -> Fields:
     """
     given = optional(record, "safety_label")
     if given is None:
-        given = next((name for name in record.get("folders", ()) if name.lower() in _SAFETY), None)
+        given = next((name for name in _folders(record) if name in _SAFETY), None)
     return Fields(
         prompt="",
         request=label(given, _SAFETY, "safety_label"),
-        category=optional(record, "category"),
+        category=optional_text(record, "category"),
         image=picture(record),
     )
 
@@ -79,11 +86,11 @@ def _memes(folders: tuple[str, ...], harm: Mapping[str, Label | None]) -> Reader
         if "instr-resp" not in record:
             return _original(record, harm)
         found = picture(record)
-        folder = PurePosixPath(found).parts[0] if isinstance(found, str) else ""
+        folder = next(iter(PurePosixPath(found).parts), "") if isinstance(found, str) else ""
         if re.sub(r"[^a-z]", "", folder.lower()) not in folders:
             raise Foreign(f"folder {folder} of VLGuard")
         return Fields(
-            "", harmful(not flag(record, "safe")), category=optional(record, "harmful_subcategory"), image=found
+            "", harmful(not flag(record, "safe")), category=optional_text(record, "harmful_subcategory"), image=found
         )
 
     return read
@@ -92,7 +99,8 @@ def _memes(folders: tuple[str, ...], harm: Mapping[str, Label | None]) -> Reader
 def _original(record: Mapping[str, Any], harm: Mapping[str, Label | None]) -> Fields:
     if "labels" in record:
         given = record["labels"]
-        return Fields("", label(given[0] if given else None, harm, "labels"), image=picture(record))
+        first = given[0] if isinstance(given, list) and given else None
+        return Fields("", label(first, harm, "labels"), image=picture(record))
     column = "img" if "img" in record else "image"
     return Fields("", label(value(record, "label"), harm, "label"), image=picture(record, column))
 
@@ -115,8 +123,7 @@ def hod(record: Mapping[str, Any]) -> Fields:
 
     The paper's figures confirm it: HOD brings harmful images only, and 60 % of it balances the others.
     """
-    folders = [name.lower().replace(" ", "_") for name in record.get("folders", ())]
-    category = next((name for name in folders if name in HOD_CLASSES), None)
+    category = next((name for name in _folders(record) if name in HOD_CLASSES), None)
     if category is None:
         raise Unusable(f"in no folder of a category ({', '.join(HOD_CLASSES)})")
     return Fields("", "harmful", category=category, image=picture(record))
@@ -130,7 +137,7 @@ def spa_vl(record: Mapping[str, Any]) -> Fields:
     which is harmful, so both labels are None, and the teacher decides as it does for BeaverTails' requests.
     """
     question = text(record, "question")
-    classes = [found for level in ("class1", "class2", "class3") if (found := optional(record, level))]
+    classes = [found for level in ("class1", "class2", "class3") if (found := optional_text(record, level))]
     side = ("chosen", "rejected")[hashlib.sha256(question.encode()).digest()[0] & 1]
     return Fields(
         question, None, response=text(record, side), category="/".join(classes) or None, image=picture(record)

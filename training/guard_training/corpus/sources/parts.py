@@ -29,6 +29,7 @@ from guard_training.journal import Journal
 _SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 _IMAGES = "images"
 _HUB = "hub"
+_MISSING = "its image is not in the copy (--images names another folder to look in)"
 #: wraps the loop over a copy's records: (records, how many or None, name) -> records
 Watch = Callable[[Iterable[Record], int | None, str], Iterable[Record]]
 
@@ -86,12 +87,13 @@ def read_part(given: Given, folder: Path, watch: Watch = lambda records, total, 
     state = given.state()
     before = json.loads(done.read_text()) if done.exists() else {}
     if before.get("state") != state:
-        for file in (good, rest):
-            file.unlink(missing_ok=True)
+        good.unlink(missing_ok=True)
         write(done, json.dumps({"state": state, "complete": False}))
     if before != {"state": state, "complete": True}:
-        _fill(given, good, rest, watch)
-        write(done, json.dumps({"state": state, "complete": True}))
+        # What was of no use is looked at again: its image may have been unpacked since.
+        rest.unlink(missing_ok=True)
+        complete = _fill(given, good, rest, watch)
+        write(done, json.dumps({"state": state, "complete": complete}))
     with Journal(rest) as lines:
         others = list(lines)
     skipped = Skipped([f"{line['id']}: {line['reason']}" for line in others if "reason" in line])
@@ -102,8 +104,9 @@ def read_part(given: Given, folder: Path, watch: Watch = lambda records, total, 
     return Part(rows, skipped.reasons, Counter(line["foreign"] for line in others if "foreign" in line))
 
 
-def _fill(given: Given, good: Path, rest: Path, watch: Watch) -> None:
-    copy, folder = given.open(), good.parent
+def _fill(given: Given, good: Path, rest: Path, watch: Watch) -> bool:
+    """Reads the copy behind what was read of it. False where images are missing, so that it is worth another try."""
+    copy, folder, complete = given.open(), good.parent, True
     with Journal(good) as rows, Journal(rest) as others:
         for record in watch(copy.records, copy.total, given.source.name):
             id = f"{given.source.name}:{given.name}/{record.where}"
@@ -115,6 +118,8 @@ def _fill(given: Given, good: Path, rest: Path, watch: Watch) -> None:
                 others.append({"id": id, "foreign": str(other)})
             except Unusable as reason:
                 others.append({"id": id, "reason": str(reason)})
+                complete = complete and str(reason) != _MISSING
+    return complete
 
 
 def _row(id: str, given: Given, record: Record, folder: Path) -> Row:
@@ -125,9 +130,20 @@ def _row(id: str, given: Given, record: Record, folder: Path) -> Row:
         raise Unusable("no label on either side")
     if not found.prompt and found.image is None:
         raise Unusable("neither a prompt nor an image")
+    for words in (found.prompt, found.response, found.category, found.rationale):
+        if words and not _is_unicode(words):
+            raise Unusable("its text holds half of a surrogate pair")
     target = folder / _IMAGES / given.source.name
     image = None if found.image is None else _keep(_bytes(found.image, record, given), target)
     return _to_row(id, given.source, found, image)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _to_row(id: str, source: Source, found: Fields, image: Path | None) -> Row:
@@ -148,14 +164,18 @@ def _to_row(id: str, source: Source, found: Fields, image: Path | None) -> Row:
 def _bytes(picture: Picture, record: Record, given: Given) -> bytes:
     if isinstance(picture, bytes):
         return picture
-    folder = record.folder.resolve()
-    stem = record.where.rpartition(":")[0].rpartition("/")[2].partition(".")[0]
-    roots = [*(path.resolve() for path in given.images), folder, *([folder / stem, folder.parent] if stem else [])]
+    # VLGuard's train.json names its images from inside train/.
+    inside = Path(record.where.rpartition(":")[0]).stem.partition(".")[0]
+    own = [record.folder, record.folder / inside] if record.folder else []
+    roots = [root.resolve() for root in (*given.images, *own)]
     for root in roots:
-        path = (root / picture).resolve()
-        if path.is_relative_to(root) and path.is_file():
-            return path.read_bytes()
-    raise Unusable("its image is not in the copy (--images names another folder to look in)")
+        try:
+            path = (root / picture).resolve()
+            if path.is_relative_to(root) and path.is_file():
+                return path.read_bytes()
+        except (OSError, ValueError):  # a name too long, or with a null byte
+            continue
+    raise Unusable(_MISSING)
 
 
 def _keep(data: bytes, target: Path) -> Path:

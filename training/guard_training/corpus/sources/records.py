@@ -12,15 +12,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import datasets
+import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-from guard_training.corpus.rows import CorpusError, open_text
+from guard_training.corpus.rows import CorpusError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -32,10 +35,10 @@ _BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """``where`` is ``file:line`` inside the copy (from 1), ``folder`` what its image paths are relative to."""
+    """``where`` is ``file:line`` inside the copy (from 1), ``folder`` what its image paths are relative to, if any."""
 
     where: str
-    folder: Path
+    folder: Path | None
     value: Mapping[str, Any]
     error: str | None = None
 
@@ -81,7 +84,7 @@ def open_hub(hub: Hub, revision: str | None = None) -> Copy:
         (f"{hub.id}/{split}", datasets.load_dataset(hub.id, hub.config, split=split, revision=revision))
         for split in hub.splits
     ]
-    return _saved(loaded, Path())
+    return _saved(loaded, None)
 
 
 def training_files(place: Path, patterns: Sequence[str]) -> list[Path]:
@@ -119,7 +122,7 @@ def _splits(saved: Any, splits: Sequence[str], place: Path) -> Copy:
     return _saved([(split, saved[split]) for split in splits], place)
 
 
-def _saved(parts: Sequence[tuple[str, Any]], folder: Path) -> Copy:
+def _saved(parts: Sequence[tuple[str, Any]], folder: Path | None) -> Copy:
     def records() -> Iterator[Record]:
         for name, dataset in parts:
             for number, row in enumerate(_undecoded(dataset), 1):
@@ -143,9 +146,16 @@ def _file(file: Path, name: str) -> Iterator[Record]:
     read = {"jsonl": _json_lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}.get(kind)
     if read is None:
         raise CorpusError(f"{file}: neither {', '.join(TABLES)} nor a folder")
-    if file.name in _METADATA:
-        return (_named(record) for record in read(file, name))
-    return read(file, name)
+    records = _to_the_break(read, file, name)
+    return map(_named, records) if file.name in _METADATA else records
+
+
+def _to_the_break(read: Callable[[Path, str], Iterator[Record]], file: Path, name: str) -> Iterator[Record]:
+    """As far as the file is whole; where it breaks off, a record that says so."""
+    try:
+        yield from read(file, name)
+    except (EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowInvalid) as error:
+        yield Record(f"{name}:end", file.parent, {}, f"the file is broken or cut off ({type(error).__name__})")
 
 
 def _named(record: Record) -> Record:
@@ -154,9 +164,12 @@ def _named(record: Record) -> Record:
     return Record(record.where, record.folder, value, record.error)
 
 
+def _open(file: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb"))
+
+
 def _json_lines(file: Path, name: str) -> Iterator[Record]:
-    opener = gzip.open if file.suffix == ".gz" else Path.open
-    with opener(file, "rb") as lines:
+    with _open(file) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _json_record(line, f"{name}:{number}", file.parent)
@@ -165,7 +178,7 @@ def _json_lines(file: Path, name: str) -> Iterator[Record]:
 def _json_record(line: bytes, where: str, folder: Path) -> Record:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Record(where, folder, {}, "not JSON, or cut off")
     return _object(found, where, folder)
 
@@ -176,13 +189,13 @@ def _object(found: Any, where: str, folder: Path) -> Record:
 
 def _json(file: Path, name: str) -> Iterator[Record]:
     """One list of objects, alone or as the only list of an object; or JSON lines under the wrong name."""
-    with open_text(file) as opened:
+    with _open(file) as opened:
         written = opened.read()
     try:
         found = json.loads(written)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):
-            raise CorpusError(f"{file}: not JSON ({error}); is the file complete?") from None
+            raise CorpusError(f"{file}: not JSON ({type(error).__name__}); is the file complete?") from None
         yield from _json_lines(file, name)
         return
     lists = [part for part in found.values() if isinstance(part, list)] if isinstance(found, dict) else [found]
@@ -194,31 +207,23 @@ def _json(file: Path, name: str) -> Iterator[Record]:
 
 def _csv(file: Path, name: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST)
-    with _open_csv(file) as lines:
+    with _open(file) as opened:
+        lines = TextIOWrapper(opened, encoding="utf-8-sig", newline="")
         reader = csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name else ",")
         while True:
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except (csv.Error, UnicodeDecodeError) as error:
-                yield Record(f"{name}:{reader.line_num}", file.parent, {}, f"not CSV ({type(error).__name__})")
-                if isinstance(error, UnicodeDecodeError):
-                    return
+            except UnicodeDecodeError:
+                yield Record(f"{name}:{reader.line_num + 1}", file.parent, {}, "not UTF-8: nothing behind it is read")
+                return
+            except csv.Error as error:
+                yield Record(f"{name}:{reader.line_num}", file.parent, {}, f"not CSV ({error})")
                 continue
-            short = None in row or None in row.values()
-            yield Record(
-                f"{name}:{reader.line_num}",
-                file.parent,
-                row,
-                "another number of columns than its header" if short else None,
-            )
-
-
-def _open_csv(file: Path) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", newline="")
-    return file.open(encoding="utf-8", newline="")
+            uneven = None in row or None in row.values()
+            reason = "another number of columns than its header" if uneven else None
+            yield Record(f"{name}:{reader.line_num}", file.parent, row, reason)
 
 
 def _parquet(file: Path, name: str) -> Iterator[Record]:

@@ -40,7 +40,11 @@ _LABELS: Mapping[str, Label | None] = {
 
 
 def guardreasoner(record: Mapping[str, Any]) -> Fields:
-    """One row of either corpus. A label whose side is not there (an answer of ``None``) is dropped."""
+    """``messages`` (system, user, assistant) and ``images``, or ``instruction, input, output``: a transcript and the
+    teacher's answer, whose last ``Answers:`` gives the labels (None is unlabelled) and what precedes it the rationale.
+
+    A label whose side is not there (an answer of ``None``) is dropped.
+    """
     if "messages" in record or "conversations" in record:
         user, output = _sharegpt(record.get("messages") or record.get("conversations"))
     else:

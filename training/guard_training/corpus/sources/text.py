@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from guard_middleware.types import Label
-from guard_training.corpus.sources.fields import Fields, Foreign, Unusable, flag, harmful, label, optional, text, value
+from guard_training.corpus.sources.fields import (
+    Fields,
+    Foreign,
+    Unusable,
+    flag,
+    harmful,
+    label,
+    optional,
+    optional_text,
+    text,
+    value,
+)
 
 _HARM: Mapping[str, Label | None] = {"harmful": "harmful", "unharmful": "unharmful", "none": None}
 
@@ -17,14 +28,15 @@ def wildguard(record: Mapping[str, Any]) -> Fields:
 
     The labels as they stand; ``response`` and its label are null for rows of a prompt alone.
     """
-    response = value(record, "response")
+    value(record, "response")
+    response = optional_text(record, "response")
     answered = label(value(record, "response_harm_label"), _HARM, "response_harm_label")
     return Fields(
         prompt=text(record, "prompt"),
         request=label(value(record, "prompt_harm_label"), _HARM, "prompt_harm_label"),
         response=response,
         response_label=answered if response else None,
-        category=optional(record, "subcategory"),
+        category=optional_text(record, "subcategory"),
     )
 
 
@@ -46,7 +58,7 @@ def aegis(record: Mapping[str, Any]) -> Fields:
 def beavertails(record: Mapping[str, Any]) -> Fields:
     """``prompt, response, category (object of 14 booleans), is_safe``: labels the answer, ``is_safe`` is unharmful."""
     found = optional(record, "category")
-    named = [name for name, holds in found.items() if holds] if isinstance(found, Mapping) else []
+    named = [str(name) for name, holds in found.items() if holds] if isinstance(found, Mapping) else []
     return Fields(
         prompt=text(record, "prompt"),
         request=None,
