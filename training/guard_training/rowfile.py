@@ -12,22 +12,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from guard_training.corpus.rows import Row
-
-Modality = Literal["text", "image", "text_image"]
 
 
 class OutputError(ValueError):
     """An output that cannot be gone on with; the message says what to do instead."""
-
-
-def modality(row: Row) -> Modality:
-    """As the paper counts (Table 6): an image alone, or with words beside it."""
-    if row.image is None:
-        return "text"
-    return "text_image" if row.prompt.strip() or row.response else "image"
 
 
 def digest(path: Path) -> str:

@@ -132,10 +132,10 @@ def test_statistics_are_by_source_and_modality_then_in_all() -> None:
     assert list(groups) == [
         ("made", "image"),
         ("made", "text"),
-        ("made", "text_image"),
+        ("made", "text-image"),
         ("all", "image"),
         ("all", "text"),
-        ("all", "text_image"),
+        ("all", "text-image"),
         ("all", "all"),
     ]
     text = groups["made", "text"]

@@ -21,7 +21,7 @@ from typing import Any
 from guard_middleware.errors import GuardError
 from guard_middleware.guard.parse import parse
 from guard_training.corpus.rows import Row
-from guard_training.rowfile import modality
+from guard_training.corpus.statistics import modality
 from guard_training.tuning.sampling import Sample
 
 

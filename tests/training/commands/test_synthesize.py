@@ -1,0 +1,349 @@
+"""``guard-train synthesize`` against a real HTTP server whose teacher is scripted by words in the prompts."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from guard_middleware.guard.parse import completion, parse
+from guard_training.commands import synthesize
+from guard_training.corpus.rows import read_rows
+
+
+class ScriptedTeacher:
+    """Answers with the verdict that the prompt states. ``[word n]`` in a prompt bends the first n answers to it."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.seconds = 0.0
+        self.app = Starlette(routes=[Route("/v1/chat/completions", self._chat, methods=["POST"])])
+
+    async def _chat(self, request: Request) -> Response:
+        body = await request.json()
+        self.bodies.append(body)
+        self.times.append(time.monotonic())
+        text = next(part["text"] for part in body["messages"][1]["content"] if part["type"] == "text")
+        exchange = text.split("Verdict:")[0]
+        self.asked[exchange] += 1
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+        bent = re.search(r"\[([a-z]+) (\d+)\]", exchange)
+        word = bent[1] if bent and self.asked[exchange] <= int(bent[2]) else ""
+        if word == "busy":
+            return JSONResponse({"error": {"message": "slow down"}}, 429, {"retry-after": "0.3"})
+        if word in ("down", "wrong", "key", "quota"):
+            status = {"down": 500, "wrong": 400, "key": 401, "quota": 429}[word]
+            code = "insufficient_quota" if word == "quota" else None
+            return JSONResponse({"error": {"message": word, "code": code}}, status)
+        verdict = dict(re.findall(r"^(Request|Response): (.+)$", text.split("Verdict:")[1], re.M))
+        said = {side: "harmful" if label == "decide yourself" else label for side, label in verdict.items()}
+        if word == "contrary":
+            said["Request"] = {"harmful": "unharmful", "unharmful": "harmful"}[said["Request"]]
+        thought = "The ground truth is plain." if word == "leak" else "The words were read."
+        answer = f"# Task 1\n## Reasoning Step 1\n{thought}\n## Reasoning Step 2\nSo, {said['Request']}."
+        if said["Response"] != "None":
+            answer += f"\n# Task 2\n## Reasoning Step 1\nThe answer is {said['Response']}."
+        answer += f"\nAnswers:\nRequest: {said['Request']}\nResponse: {said['Response']}"
+        if word == "broken":
+            answer = "I would rather chat."
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        usage = {"prompt_tokens": 400, "completion_tokens": 100, "total_tokens": 500}
+        made = {"id": "c", "object": "chat.completion", "created": 0, "model": body["model"], "usage": usage}
+        return JSONResponse({**made, "choices": [{**choice, "logprobs": None}]})
+
+
+@pytest.fixture
+def teacher() -> Iterator[tuple[ScriptedTeacher, str]]:
+    scripted = ScriptedTeacher()
+    server = uvicorn.Server(uvicorn.Config(scripted.app, port=0, log_level="error", lifespan="off", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield scripted, f"http://127.0.0.1:{port}/v1"
+    server.should_exit = True
+    thread.join(5)
+
+
+def rows_file(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir(exist_ok=True)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"source": "made", **row}) + "\n" for row in rows))
+    return path
+
+
+def asks(number: int, word: str = "") -> list[dict[str, Any]]:
+    return [
+        {"id": f"r{n}", "prompt": f"question {n} {word}", "prompt_label": ("harmful", "unharmful")[n % 2]}
+        for n in range(number)
+    ]
+
+
+def call(rows: Path, output: Path, url: str, *more: object, yes: bool = True) -> None:
+    parser = argparse.ArgumentParser()
+    synthesize.add(parser.add_subparsers())
+    words = ["synthesize", "--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, *more]
+    given = parser.parse_args([*map(str, words), *(["--yes"] if yes else [])])
+    given.run(given)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+Teacher = tuple[ScriptedTeacher, str]
+
+
+def test_rows_get_rationales_that_the_guards_form_takes(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted, url = teacher
+    rows = [
+        *asks(3),
+        {"id": "pair", "prompt": "hi", "prompt_label": None, "response": "Hello!", "response_label": "unharmful"},
+        {"id": "seen", "prompt": "", "prompt_label": "unharmful", "image": "wide.png"},
+        {"id": "done", "prompt": "p", "prompt_label": "harmful", "rationale": "It was written before."},
+        {"id": "gone", "prompt": "", "prompt_label": "harmful", "image": "gone.png"},
+        {"id": "bare", "prompt": "p", "prompt_label": None},
+        {"id": "odd", "prompt": "p", "prompt_label": "maybe"},
+    ]
+    path = rows_file(tmp_path, rows)
+    Image.new("RGB", (300, 100), "red").save(path.parent / "wide.png")
+    output = tmp_path / "out" / "taught.jsonl"
+    call(path, output, url, "--image-side", 150, "--price-prompt", 2, "--price-completion", 10)
+
+    taught = {row.id: row for row in read_rows(output)}
+    assert set(taught) == {"r0", "r1", "r2", "pair", "seen", "done"}
+    for row in taught.values():
+        assert row.rationale
+        assert row.request
+        written = completion(row.rationale, row.request, row.response_label)
+        assert parse(written, answered=row.response is not None)
+    assert taught["done"].rationale == "It was written before."
+    assert (taught["pair"].request, taught["pair"].response_label) == ("harmful", "unharmful")
+    made = {line["id"]: line.get("synthesis") for line in lines(output)}
+    assert made["pair"] == {"teacher": "scripted", "attempts": 1, "steps": 3, "decided": ["request"]}
+    assert made["r0"]["decided"] == []
+
+    sent = [part for body in scripted.bodies for part in body["messages"][1]["content"] if part["type"] == "image_url"]
+    (image,) = sent
+    kind, _, data = image["image_url"]["url"].partition(";base64,")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert (kind, picture.size) == ("data:image/jpeg", (150, 50))
+
+    shown = capsys.readouterr().out
+    assert "5 rationales written" in shown
+    assert "2,000 prompt and 500 answer tokens, cost 0.01" in shown
+    assert "3 rows left out" in shown
+    for reason in (
+        "gone: gone.png is no readable image",
+        "bare: no label to explain",
+        "rows.jsonl:9: not a labelled row",
+    ):
+        assert reason in shown
+
+
+@pytest.mark.parametrize(("word", "fault"), [("broken", "form"), ("contrary", "verdict"), ("leak", "leak")])
+def test_an_answer_that_is_refused_is_asked_for_again_and_told_why(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, fault: str
+) -> None:
+    scripted, url = teacher
+    call(rows_file(tmp_path, asks(1, f"[{word} 2]")), tmp_path / "taught.jsonl", url)
+    (line,) = lines(tmp_path / "taught.jsonl")
+    assert line["synthesis"]["attempts"] == 3
+    assert f"answers refused: {fault} 2" in capsys.readouterr().out
+    said = [body["messages"][1]["content"][-1]["text"] for body in scripted.bodies]
+    assert ["An earlier attempt was unusable" in text for text in said] == [False, True, True]
+
+
+def test_a_row_that_never_gets_a_good_answer_is_given_up_and_only_asked_again_on_demand(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted, url = teacher
+    rows, output = rows_file(tmp_path, asks(2, "[broken 4]")), tmp_path / "taught.jsonl"
+    call(rows, output, url, "--attempts", 2)
+    given_up = lines(tmp_path / "taught.invalid.jsonl")
+    assert sorted(line["id"] for line in given_up) == ["r0", "r1"]
+    assert [len(line["reasons"]) for line in given_up] == [2, 2]
+    assert "2 rows given up" in capsys.readouterr().out
+    call(rows, output, url, "--attempts", 2)
+    assert len(scripted.bodies) == 4
+    call(rows, output, url, "--attempts", 4, "--again")
+    assert sorted(line["id"] for line in lines(output)) == ["r0", "r1"]
+    assert lines(tmp_path / "taught.invalid.jsonl") == []
+
+
+def test_retry_after_holds_back_every_request(teacher: Teacher, tmp_path: Path) -> None:
+    scripted, url = teacher
+    rows = [*asks(1, "[busy 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(12)]]
+    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 1)
+    assert len(lines(tmp_path / "taught.jsonl")) == 13
+    assert len(scripted.bodies) == 14
+    assert scripted.times[1] - scripted.times[0] >= 0.3
+
+
+def test_while_a_teacher_is_busy_nobody_asks(teacher: Teacher, tmp_path: Path) -> None:
+    scripted, url = teacher
+    scripted.seconds = 0.02
+    rows = [*asks(1, "[busy 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(30)]]
+    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 2)
+    assert len(lines(tmp_path / "taught.jsonl")) == 31
+    gaps = [later - earlier for earlier, later in zip(scripted.times, scripted.times[1:], strict=False)]
+    assert max(gaps) > 0.2
+    assert scripted.times.index(next(t for t, gap in zip(scripted.times, gaps, strict=False) if gap > 0.2)) <= 3
+
+
+def test_a_server_error_is_repeated_and_one_that_stays_is_left_for_the_next_run(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    _, url = teacher
+    rows = [*asks(1, "[down 1]"), {"id": "never", "prompt": "[down 2]", "prompt_label": "harmful"}]
+    path, output = rows_file(tmp_path, rows), tmp_path / "taught.jsonl"
+    with pytest.raises(ValueError, match="1 rows were out of the teacher's reach"):
+        call(path, output, url, "--repeats", 1)
+    assert [line["id"] for line in lines(output)] == ["r0"]
+    assert lines(tmp_path / "taught.invalid.jsonl") == []
+    call(path, output, url, "--repeats", 1)
+    assert {line["id"] for line in lines(output)} == {"r0", "never"}
+
+
+def test_what_the_api_refuses_for_one_row_is_that_rows_fault(teacher: Teacher, tmp_path: Path) -> None:
+    _, url = teacher
+    rows = [*asks(1), {"id": "bad", "prompt": "[wrong 9]", "prompt_label": "harmful"}]
+    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url)
+    assert lines(tmp_path / "taught.invalid.jsonl") == [{"id": "bad", "reasons": ["the API answered 400"]}]
+
+
+@pytest.mark.parametrize(
+    ("word", "reason", "most"),
+    [("key", "check --base-url", 4), ("quota", "quota is spent", 4), ("wrong", "20 requests in a row failed", 24)],
+)
+def test_a_teacher_that_cannot_be_had_ends_the_run(teacher: Teacher, tmp_path: Path, word, reason, most) -> None:  # type: ignore[no-untyped-def]
+    scripted, url = teacher
+    path = rows_file(tmp_path, asks(60, f"[{word} 9]"))
+    with pytest.raises(ValueError, match=reason):
+        call(path, tmp_path / "taught.jsonl", url, "--concurrency", 4, "--repeats", 0)
+    assert len(scripted.bodies) <= most
+
+
+def test_no_server_at_all_ends_the_run_too(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, asks(30))
+    with pytest.raises(ValueError, match="20 requests in a row failed, the last with: APIConnectionError"):
+        call(path, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", "--repeats", 0)
+
+
+def test_requests_of_a_minute_are_bounded_repeats_included(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted, url = teacher
+    monkeypatch.setattr("guard_training.synthesis.limits.WINDOW", 0.5)
+    rows = rows_file(tmp_path, [*asks(1, "[down 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(6)]])
+    call(rows, tmp_path / "taught.jsonl", url, "--requests-per-minute", 3)
+    assert len(scripted.times) == 8
+    for start in scripted.times:
+        assert sum(start <= at < start + 0.45 for at in scripted.times) <= 3
+
+
+def test_a_killed_run_goes_on_and_pays_for_no_row_twice(teacher: Teacher, tmp_path: Path) -> None:
+    scripted, url = teacher
+    scripted.seconds = 0.03
+    rows, output = rows_file(tmp_path, asks(40)), tmp_path / "taught.jsonl"
+    words = ["--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, "--concurrency", "4"]
+    program = (
+        "import argparse, sys; from guard_training.commands import synthesize as s; p = argparse.ArgumentParser(); "
+        "s.add(p.add_subparsers()); g = p.parse_args(['synthesize', *sys.argv[1:]]); g.run(g)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, words), "--yes"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (output.exists() and output.read_bytes().count(b"\n") >= 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = output.read_bytes().count(b"\n")
+    assert 6 <= done < 40
+    scripted.seconds = 0.0
+    call(rows, output, url, "--concurrency", 4)
+    assert Counter(line["id"] for line in lines(output)) == {f"r{n}": 1 for n in range(40)}
+    assert 40 <= len(scripted.bodies) <= 44
+
+
+def test_a_dry_run_shows_the_cost_and_asks_nobody(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted, url = teacher
+    path = rows_file(tmp_path, [*asks(4), {"id": "i", "prompt": "", "prompt_label": "harmful", "image": "i.png"}])
+    Image.new("RGB", (280, 56)).save(path.parent / "i.png")
+    call(path, tmp_path / "taught.jsonl", url, "--dry-run", yes=False)
+    shown = capsys.readouterr().out
+    assert re.search(r"5 .* 1 .* 1,400 .* unknown", shown)
+    assert "--price-prompt" in shown
+    call(path, tmp_path / "taught.jsonl", url, "--dry-run", "--price-prompt", 0, "--price-completion", 100, yes=False)
+    assert re.search(r"1,400 .* 0\.14", capsys.readouterr().out)
+    assert scripted.bodies == []
+    assert not (tmp_path / "taught.jsonl").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "asked", "reason"),
+    [(io.StringIO(), 0, "give --yes"), (Terminal("n\n"), 0, "stopped before"), (Terminal("y\n"), 1, None)],
+)
+def test_somebody_must_agree_before_anything_is_asked(  # type: ignore[no-untyped-def]
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin, asked, reason
+) -> None:
+    scripted, url = teacher
+    monkeypatch.setattr("sys.stdin", stdin)
+    path = rows_file(tmp_path, asks(1))
+    with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
+        call(path, tmp_path / "taught.jsonl", url, yes=False)
+    assert len(scripted.bodies) == asked
+
+
+def test_without_a_key_openai_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    parser = argparse.ArgumentParser()
+    synthesize.add(parser.add_subparsers())
+    path = rows_file(tmp_path, asks(1))
+    given = parser.parse_args(
+        ["synthesize", "--rows", str(path), "--output", str(tmp_path / "o.jsonl"), "--teacher", "gpt", "--yes"]
+    )
+    with pytest.raises(ValueError, match="no key in OPENAI_API_KEY"):
+        given.run(given)
+
+
+def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    synthesize.add(parser.add_subparsers())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["synthesize", "--help"])
+    assert "guard-train synthesize --rows" in capsys.readouterr().out
