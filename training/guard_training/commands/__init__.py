@@ -1,0 +1,1 @@
+"""The sub-commands of ``guard-train``, a module each."""
