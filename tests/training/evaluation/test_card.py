@@ -57,3 +57,12 @@ def test_a_card_without_its_markers_is_refused(tmp_path: Path, text: str) -> Non
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match="needs one line"):
         write_results(tmp_path / "README.md", [_figures(tmp_path / "dev.json")])
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"data": "a", "revision": "b"}'])
+def test_a_file_that_holds_no_figures_is_refused_and_the_card_stays(tmp_path: Path, text: str) -> None:
+    (tmp_path / "old.json").write_text(text)
+    (tmp_path / "README.md").write_text(f"{BEGIN}\nold\n{END}\n")
+    with pytest.raises(ValueError, match=r"old\.json: not the figures of this version"):
+        write_results(tmp_path / "README.md", [tmp_path / "old.json"])
+    assert "old" in (tmp_path / "README.md").read_text()

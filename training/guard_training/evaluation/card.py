@@ -37,10 +37,20 @@ def results(summary: dict[str, Any]) -> str:
 
 
 def write_results(card: Path, files: Sequence[Path]) -> None:
-    """Replaces what stands between the card's markers; raises ``ValueError`` where they are missing."""
+    """Replaces what stands between the card's markers; raises ``ValueError`` where they are missing or a file
+    does not hold figures."""
     text = card.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{card}: needs one line {BEGIN} and after it one line {END}")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    tables = "\n\n".join(results(json.loads(file.read_text(encoding="utf-8"))) for file in files)
-    card.write_text(f"{before}{BEGIN}\n{tables}\n{after}", encoding="utf-8")
+    sections = "\n\n".join(_section(file) for file in files)
+    card.write_text(f"{before}{BEGIN}\n{sections}\n{after}", encoding="utf-8")
+
+
+def _section(file: Path) -> str:
+    try:
+        return results(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: not the figures of this version ({error!r}); run `guard-train evaluate --json`"
+        ) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -203,9 +204,14 @@ def measure(
 
 def _key(row: Row, revision: str) -> str:
     """Row id, what the guard is shown of the row, and the revision."""
-    image = hashlib.sha256(row.image.read_bytes()).hexdigest() if row.image else None
+    image = _digest(row.image) if row.image else None
     shown = json.dumps([row.source, row.prompt, row.request, row.response, row.response_label, image])
     return f"{row.id}@{revision}#{hashlib.sha256(shown.encode()).hexdigest()[:16]}"
+
+
+@functools.lru_cache(maxsize=16384)
+def _digest(image: Path) -> str:
+    return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
 def _gone(answered: int, total: int, error: BaseException, journal: Path | None) -> str:

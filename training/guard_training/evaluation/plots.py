@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from guard_training.evaluation import curves
 from guard_training.evaluation.metrics import groups, scored
 from guard_training.evaluation.outcomes import Outcome, Side
+from guard_training.evaluation.stats import percentile
 
 #: Okabe and Ito's colours, told apart without red and green
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -57,11 +58,17 @@ def _dots(
     if not found:
         return
     values = [100 * one["value"] for _, one in found]
-    low = [100 * (one["value"] - one["interval"][0]) for _, one in found]
-    high = [100 * (one["interval"][1] - one["value"]) for _, one in found]
-    # rounding may put a bound a hair on the wrong side of its value
-    spread = [[max(0.0, one) for one in bounds] for bounds in (low, high)]
+    spread = _spread(values, [(100 * one["interval"][0], 100 * one["interval"][1]) for _, one in found])
     panel.errorbar(values, [y for y, _ in found], xerr=spread, fmt="o", ms=3.5, lw=1, color=colour, label=model)
+
+
+def _spread(values: Sequence[float], bounds: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Distances below and above; rounding may put a bound a hair on the wrong side of its value."""
+    pairs = list(zip(values, bounds, strict=True))
+    return [
+        [max(0.0, value - low) for value, (low, _) in pairs],
+        [max(0.0, high - value) for value, (_, high) in pairs],
+    ]
 
 
 def score_curves(models: Models, side: Side) -> str | None:
@@ -77,17 +84,15 @@ def score_curves(models: Models, side: Side) -> str | None:
             if curve is None:
                 continue
             drawn += 1
-            left.step(
+            left.plot(
                 curve.false_positive_rate,
                 curve.recall,
-                where="post",
                 color=colour,
                 lw=2,
                 label=f"{model} {curve.area:.3f}",
             )
-            right.plot(
-                curve.recall, curve.precision, color=colour, lw=2, label=f"{model} {curve.average_precision:.3f}"
-            )
+            name = f"{model} {curve.average_precision:.3f}"
+            right.step(curve.recall, curve.precision, where="pre", color=colour, lw=2, label=name)
             if number == 0:
                 _thin(left, right, outcomes, side)
         if not drawn:
@@ -110,8 +115,8 @@ def _thin(left: Axes, right: Axes, outcomes: Sequence[Outcome], side: Side) -> N
         curve = curves.curve(truth, scores) if given == side else None
         if curve is not None:
             look: dict[str, Any] = {"color": next(shades), "ls": next(styles), "lw": 0.9}
-            left.step(curve.false_positive_rate, curve.recall, where="post", label=f"{source} {curve.area:.3f}", **look)
-            right.plot(curve.recall, curve.precision, **look)
+            left.plot(curve.false_positive_rate, curve.recall, label=f"{source} {curve.area:.3f}", **look)
+            right.step(curve.recall, curve.precision, where="pre", **look)
 
 
 def calibration(models: Models, side: Side) -> str | None:
@@ -125,9 +130,11 @@ def calibration(models: Models, side: Side) -> str | None:
             if len(set(scores)) < 2:
                 continue
             bins = [one for one in curves.reliability(truth, scores) if one.mean_score is not None]
-            at, share = [one.mean_score for one in bins], [one.harmful.value for one in bins]
+            at, share = [one.mean_score for one in bins], [one.harmful.value or 0.0 for one in bins]
             error = curves.calibration_error(bins) or 0.0
-            left.plot(at, share, "o-", ms=4, lw=1.2, color=colour, label=f"{model}, ECE {error:.3f}")
+            bounds = [one.harmful.interval or (0.0, 1.0) for one in bins]
+            spread = _spread(share, bounds)
+            left.errorbar(at, share, spread, fmt="o-", ms=4, lw=1.2, color=colour, label=f"{model}, ECE {error:.3f}")
             if first:
                 kinds = [[s for s, is_ in zip(scores, truth, strict=True) if is_ is kind] for kind in (True, False)]
                 right.hist(
@@ -162,24 +169,19 @@ def costs(models: Models) -> str | None:
     if not known:
         return None
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(3 * len(known) + 0.5, 2.8))
+        figure = Figure(figsize=(3.3 * len(known) + 0.5, 2.8))
         for panel, (title, by_model) in zip(
             figure.subplots(1, len(known), squeeze=False)[0], known.items(), strict=True
         ):
-            top = max(max(values) for values in by_model.values() if values)
-            # from 0, because a bar's place must mean the value and not the choice of axis
+            every = [value for values in by_model.values() for value in values]
+            top = 1.05 * (percentile(every, 0.99) or 0.0) or 1.0
             for (model, values), colour in zip(by_model.items(), _colours(), strict=False):
                 if values:
-                    panel.hist(
-                        values,
-                        bins=30,
-                        range=(0, top or 1),
-                        histtype="stepfilled",
-                        alpha=0.55,
-                        color=colour,
-                        label=model,
-                    )
-            panel.set(xlabel=title, ylabel="rows", xlim=(0, None))
+                    # one long answer must not press all others into the first bar
+                    cut = [min(value, top) for value in values]
+                    look: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.55, "color": colour}
+                    panel.hist(cut, bins=30, range=(0, top), label=model, **look)
+            panel.set(xlabel=f"{title} (last bar: and more)", ylabel="rows", xlim=(0, None))
             if len(by_model) > 1:
                 panel.legend(fontsize=7)
         return _address(figure)
