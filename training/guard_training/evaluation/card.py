@@ -50,7 +50,7 @@ def write_results(card: Path, files: Sequence[Path]) -> None:
 def _section(file: Path) -> str:
     try:
         return results(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: not the figures of this version ({error!r}); run `guard-train evaluate --json`"
         ) from None
