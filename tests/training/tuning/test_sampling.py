@@ -140,6 +140,18 @@ def test_a_repetition_penalty_of_the_published_weights_does_not_bend_the_samples
     assert plain == bent
 
 
+def test_a_batch_without_room_says_what_to_lower(
+    contract: Contract, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    sampler = TransformersSampler(contract, Sampling(k=3), device="cpu")
+    monkeypatch.setattr(sampler._model, "generate", full)
+    with pytest.raises(SamplingError, match=r"no room for 15 samples .* lower --batch"):
+        sampler.sample(prompts(contract, rows))
+
+
 def test_seeds_are_of_the_row_and_the_run() -> None:
     assert row_seed(0, "a") == row_seed(0, "a")
     assert len({row_seed(0, "a"), row_seed(0, "b"), row_seed(1, "a")}) == 3
@@ -201,3 +213,16 @@ def test_vllm_gets_token_ids_with_one_pad_per_image_and_a_seed_per_row(
         assert request["prompt_token_ids"].count(pad) == len(prompt.pictures)
         assert len(request.get("multi_modal_data", {}).get("image", [])) == len(prompt.pictures)
         assert (setting["n"], setting["seed"], setting["top_p"], setting["temperature"]) == (3, prompt.seed, 0.95, 1.0)
+
+
+def test_the_real_vllm_decodes_what_transformers_does_and_repeats_for_a_seed(guard: Path, rows: list[Row]) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM beside this project")
+    contract = load_contract(str(guard))
+    asked, greedy = prompts(contract, rows), Sampling(k=2, temperature=1e-4, max_new_tokens=40)
+    expected = TransformersSampler(contract, greedy, device="cpu").sample(asked)
+    sampler = VllmSampler(contract, greedy, dtype="float32", max_model_len=1024, gpu_memory_utilization=0.1)
+    assert [[one.text for one in samples] for samples in sampler.sample(asked)] == [
+        [one.text for one in samples] for samples in expected
+    ]
+    sampler._sampling = dataclasses.replace(greedy, temperature=1.0)
+    assert sampler.sample(asked) == sampler.sample(asked)

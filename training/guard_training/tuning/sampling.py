@@ -117,8 +117,14 @@ class TransformersSampler:
         chooser = DrawnNucleus(
             draws.to(self._device), start=start, temperature=self._sampling.temperature, top_p=self._sampling.top_p
         )
-        written = self._model.generate(**inputs, max_new_tokens=steps, logits_processor=[chooser])[:, start:].tolist()
-        samples = [self._sample(ids) for ids in written]
+        try:
+            written = self._model.generate(**inputs, max_new_tokens=steps, logits_processor=[chooser])
+        except torch.OutOfMemoryError:
+            at_once = k * len(prompts)
+            raise SamplingError(
+                f"the GPU has no room for {at_once} samples of up to {start + steps} tokens: lower --batch"
+            ) from None
+        samples = [self._sample(ids) for ids in written[:, start:].tolist()]
         return [samples[n : n + k] for n in range(0, len(samples), k)]
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
