@@ -11,7 +11,7 @@ Makes nano, the small guard, from labelled data: draws typographic images and re
 writes the reasoning with the deterministic teacher, and trains a Qwen2.5-VL-architecture model from scratch
 with TRL's SFTTrainer. A stopped run goes on from its last checkpoint when the same command is given again.
 
-  guard-train nano --data shared/data --output out
+  guard-train nano --data shared/data --output out --against shared/data/dev.jsonl.gz
   guard-train evaluate --data shared/data/dev.jsonl.gz --model out/model --json dev.json
   guard-train card --model out/model --results dev.json
 """
@@ -37,6 +37,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="DIR",
         help="folder of WordNet's data files (default: where Debian's wordnet-base puts them)",
     )
+    nano.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluation sets: training rows that one of them holds too are left out",
+    )
     nano.add_argument("--stop-after", type=int, metavar="N", help="end after N steps of the schedule, to look early")
     nano.set_defaults(run=run)
 
@@ -57,6 +65,7 @@ def run(given: argparse.Namespace) -> None:
         Reader().read,
         rationales=rationales,
         wordnet=given.wordnet,
+        against=given.against,
         stop_after=given.stop_after,
     )
     print(folder)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
+from guard_training.corpus.leakage import Leak, find_leaks
 from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
 from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
@@ -38,7 +39,7 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_embeddings
 from guard_training.nano.pictures import typographic
-from guard_training.nano.pool import Pool, make_pool, word_vectors
+from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
 from guard_training.nano.teacher import DECIDED, DECISIONS, PHRASES, Kind, external, teach
@@ -68,11 +69,12 @@ class Rows:
     held_out: list[Row]
 
 
-def load_rows(data: Path, recipe: Recipe) -> Rows:
-    """Rows of the recipe's files and of the bank, passages added."""
+def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = ()) -> Rows:
+    """Rows of the recipe's files and of the bank, passages added; without those that a file of ``against`` holds."""
     labelled = [row for name in recipe.files for row in read_rows(data / name)]
     rows = unique_prompts([*labelled, *read_bank(default_bank())])
-    rows = [row for row in rows if row.source not in recipe.exclude]
+    leaked = {leak.id for leak in _leaks([row for row in rows if not row.image], against)}
+    rows = [row for row in rows if row.source not in recipe.exclude and row.id not in leaked]
 
     def left_out(row: Row) -> bool:
         if row.source.startswith("bank_"):
@@ -90,6 +92,11 @@ def load_rows(data: Path, recipe: Recipe) -> Rows:
         pictures=[row for row in kept if row.image],
         held_out=rest,
     )
+
+
+def _leaks(rows: Sequence[Row], against: Sequence[Path]) -> list[Leak]:
+    held = {path.name: [row for row in read_rows(path) if not row.image] for path in against}
+    return find_leaks(rows, held) if held else []
 
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
@@ -230,6 +237,7 @@ def train_nano(
     *,
     rationales: Mapping[str, str],
     wordnet: Path = FOLDER,
+    against: Sequence[Path] = (),
     stop_after: int | None = None,
 ) -> Path:
     """Makes the guard and returns its folder; continues a run that was stopped.
@@ -238,24 +246,22 @@ def train_nano(
     """
     output.mkdir(parents=True, exist_ok=True)
     with Progress() as progress:
-        rows = load_rows(data, recipe)
+        rows = load_rows(data, recipe, against)
         lexicon = make_lexicon(rows, recipe)
         glosses = definitions(wordnet)
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         kept = Embeddings(output / "embeddings")
         words = word_vectors(tokenizer, kept, progress)
+        texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
             rows.prompts,
-            [row.response for row in rows.pairs if row.response],
+            make_stretches(texts, recipe.stretches, recipe.stretch_words, recipe.seed, output / "stretches.json"),
             glosses[: recipe.definitions],
             lexicon,
-            stretches=recipe.stretches,
-            words=recipe.stretch_words,
             shares=recipe.source_shares,
             penalty=recipe.head_penalty,
             sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
-            seed=recipe.seed,
             kept=kept,
             progress=progress,
         )

@@ -7,9 +7,11 @@ words (each embedded as a text, for the start of nano's embeddings).
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -46,19 +48,26 @@ class Pool:
         return rng.randrange(self.prompts + self.stretches, len(self.texts))
 
 
+def make_stretches(texts: Sequence[str], count: int, words: int, seed: int, file: Path) -> list[str]:
+    """Stretches of words out of ``texts``, mostly of up to ``words`` words; a run that goes on keeps ``file``'s."""
+    if not file.exists():
+        rng = random.Random(seed)
+        made = [snippet(texts, rng.choice((words, words, words, 3 * words)), rng)[:LONGEST] for _ in range(count)]
+        file.write_text(json.dumps(made), encoding="utf-8")
+    kept: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    return kept[:count]
+
+
 def make_pool(
     prompts: Sequence[Row],
-    answers: Sequence[str],
+    stretches: Sequence[str],
     definitions: Sequence[str],
     lexicon: Lexicon,
     *,
-    stretches: int,
-    words: int,
     shares: Mapping[str, float],
     penalty: float,
     sharpness: float,
     lexicon_share: float,
-    seed: int,
     kept: Embeddings,
     progress: Progress,
 ) -> Pool:
@@ -66,20 +75,15 @@ def make_pool(
 
     The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
     """
-    rng = random.Random(seed)
-    sources = [row.prompt for row in prompts] + list(answers)
-    texts = [row.prompt[:LONGEST] for row in prompts]
-    texts += [snippet(sources, rng.choice((words, words, words, 3 * words)), rng)[:LONGEST] for _ in range(stretches)]
-    texts += definitions
+    texts = [row.prompt[:LONGEST] for row in prompts] + list(stretches) + list(definitions)
     vectors = kept.of(texts, progress, "embedding texts")
     harmful = [row.request == "harmful" for row in prompts]
     weights = balance([row.source for row in prompts], harmful, shares)
     head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
     by_words = torch.tensor([lexicon.score(text) for text in texts])
-    print("spread", by_meaning[: len(prompts)].std(), by_words[: len(prompts)].std())
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
-    return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), stretches)
+    return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), len(stretches))
 
 
 def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:
