@@ -36,6 +36,13 @@ def test_the_interval_of_a_change_is_that_of_agresti_and_min() -> None:
     assert low < 0 < high
 
 
+def test_the_interval_of_a_mean_stays_within_what_its_values_can_be() -> None:
+    found = robustness.mean_json([1.0, 1.0, 0.0, 1.0], most=1.0) or {}
+    assert (found["value"], found["interval"][1]) == (0.75, 1.0)
+    assert found["interval"][0] == pytest.approx(0.26, abs=1e-3)
+    assert robustness.mean_json([]) is None
+
+
 def test_lists_of_different_length_are_no_pairs() -> None:
     with pytest.raises(ValueError, match="zip"):
         paired_change([True], [])

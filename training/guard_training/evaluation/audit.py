@@ -176,7 +176,7 @@ def _effect(
         "changed": rate_json(changed(None)),
         "harmful_changed": rate_json(changed(True)),
         "unharmful_changed": rate_json(changed(False)),
-        "shift": mean_json([abs(after - before) for _, before, after in pairs]),
+        "shift": mean_json([abs(after - before) for _, before, after in pairs], most=1.0),
         "agrees_with_served": rate_json(
             Rate(sum((after >= 0.5) == (one.label == "harmful") for one, _, after in pairs), len(pairs))
         ),

@@ -274,7 +274,7 @@ def generalise(
 def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over sources, every source alike."""
     return {
-        name: mean_json([entry[name]["value"] for entry in entries if entry[name]])
+        name: mean_json([entry[name]["value"] for entry in entries if entry[name]], most=1.0)
         for name in ("recall", "false_positive_rate", "auc")
     }
 

@@ -70,14 +70,14 @@ def rate_json(rate: Rate | Change) -> dict[str, Any] | None:
     return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
 
 
-def mean_json(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean with its normal 95 % interval."""
+def mean_json(values: Sequence[float], most: float = math.inf) -> dict[str, Any] | None:
+    """Mean of values between 0 and ``most`` with its normal 95 % interval; None where there are none."""
     if not values:
         return None
     n, mean = len(values), sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / max(1, n - 1)) ** 0.5
     half_width = _Z * spread / n**0.5
-    return {"value": mean, "interval": (mean - half_width, mean + half_width), "n": n}
+    return {"value": mean, "interval": (max(0.0, mean - half_width), min(most, mean + half_width)), "n": n}
 
 
 def measure_robustness(
