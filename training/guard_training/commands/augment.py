@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from guard_training.tuning.concatenation import ACROSS, LAYOUTS, ORDERS, PAIRINGS
@@ -86,5 +87,5 @@ def run(given: argparse.Namespace) -> None:
         seed=given.seed,
         held_out_share=given.held_out,
         separator=given.separator,
-        console=Console(),
+        console=Console(width=None if sys.stdout.isatty() else 150),
     )

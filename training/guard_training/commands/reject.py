@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 _ABOUT = """\
@@ -88,5 +89,5 @@ def run(given: argparse.Namespace) -> None:
         seed=given.seed,
         read=read,
         report=given.json,
-        console=Console(),
+        console=Console(width=None if sys.stdout.isatty() else 150),
     )

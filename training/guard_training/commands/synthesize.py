@@ -76,7 +76,8 @@ def run(given: argparse.Namespace) -> None:
 
     if min(given.attempts, given.concurrency, given.image_side, given.max_tokens) < 1:
         raise ValueError("--attempts, --concurrency, --image-side and --max-tokens are 1 or more")
-    console, skipped, asking = Console(), Skipped(), _asking(given)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    skipped, asking = Skipped(), _asking(given)
     limiter = Limiter(given.requests_per_minute, given.tokens_per_minute)
     price = Price(given.price_prompt, given.price_completion)
     rows = read_good_rows(given.rows, skipped)

@@ -161,8 +161,9 @@ def table(groups: Sequence[Group], k: int) -> Table:
     names = ["rows", *(str(n) for n in range(k + 1)), "malformed %", "cut off %", "mean tokens", "kept"]
     for column in names:
         out.add_column(column, justify="right")
-    for group in groups:
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        totals_next = following is not None and group.source != following.source == "all"
         shares = f"{100 * group.malformed:.1f}", f"{100 * group.cut:.1f}", f"{group.length:.1f}"
         numbers = (str(group.rows), *map(str, group.right), *shares, str(group.kept))
-        out.add_row(group.source, group.modality, *numbers, end_section=group.source == "all")
+        out.add_row(group.source, group.modality, *numbers, end_section=totals_next)
     return out
