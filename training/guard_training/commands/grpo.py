@@ -15,7 +15,7 @@ when the same command is given again.
   guard-train reject --rows rows.jsonl --model out/sft --output hard.jsonl --max-rows 12000
   guard-train augment --rows hard.jsonl --output rl.jsonl
   guard-train grpo --rows rl.jsonl --model out/sft/model --recipe grpo-3b --output out/rl
-  accelerate launch --num_processes 4 -m guard_training.cli grpo --rows rl.jsonl --recipe grpo-3b --output out/rl
+  accelerate launch --num_processes 4 --no_python guard-train grpo --rows rl.jsonl --recipe grpo-3b --output out/rl
 
 Alarms (template collapse, format drift, length run-away, modality imbalance, rollout drift) are measured on every
 rollout and stop a run that games its reward, with a checkpoint; their limits stand in the recipe. Curves go to

@@ -1,0 +1,205 @@
+"""The paper's ablations of online RL: one recipe with one part taken away at a time, trained, measured, compared.
+
+Every variant is a run of ``guard-train grpo`` in a process of its own (a GPU's memory and vLLM's engine do not outlive
+it) in a folder of its own, so a stopped sweep goes on where it stopped: finished variants are not trained again and
+rows that were asked about are not asked again. A variant that cannot be trained, or that an alarm stopped, is told
+with its reason and the others go on; one with a checkpoint is measured as far as it came. Differences are paired, row
+by row, with the full recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+
+from guard_training.corpus.rows import Row
+from guard_training.evaluation.metrics import compare, summarise
+from guard_training.evaluation.outcomes import Outcome
+from guard_training.rowfile import write_whole
+from guard_training.tuning.grpo import GrpoSettings
+
+FULL, BEFORE = "full", "before RL"
+#: What is taken away (paper, ablation study).
+VARIANTS: dict[str, Callable[[GrpoSettings], GrpoSettings]] = {
+    FULL: lambda recipe: recipe,
+    "no augmentation": lambda recipe: replace(recipe, mixed_rows=False),
+    "no dynamic clipping": lambda recipe: replace(recipe, dynamic_clipping=False),
+    "no length reward": lambda recipe: replace(recipe, reward=replace(recipe.reward, unit="none")),
+    "text only": lambda recipe: replace(recipe, rows="text"),
+    "image only": lambda recipe: replace(recipe, rows="image"),
+}
+_LAUNCH = (sys.executable, "-c", "import sys; from guard_training.cli import main; sys.exit(main())")
+_ALARM = "stopped by an alarm"
+
+Train = Callable[[GrpoSettings, Path], str | None]
+Ask = Callable[[str, Path], list[Outcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One variant. ``note`` is why it was not trained to its end, ``difference`` is to the full recipe."""
+
+    variant: str
+    summary: dict[str, Any] | None
+    difference: dict[str, Any] | None = None
+    note: str | None = None
+
+
+def folder_of(output: Path, variant: str) -> Path:
+    """Where a variant's run lies."""
+    return output / variant.replace(" ", "-")
+
+
+def trainer(rows: Path, model: str, launch: Sequence[str] = _LAUNCH) -> Train:
+    """Trains a variant in a process of its own; gives None, or the reason why it did not come to its end."""
+
+    def train(recipe: GrpoSettings, folder: Path) -> str | None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+        command = [*launch, "grpo", "--rows", str(rows), "--model", model, "--recipe", str(file)]
+        with (folder / "log.txt").open("ab") as log:
+            done = subprocess.run([*command, "--output", str(folder)], stdout=log, stderr=log, check=False)  # noqa: S603
+        if done.returncode == 0:
+            return None
+        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        told = [line for line in said if line.startswith("guard-train: ")]
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        return told[-1].removeprefix("guard-train: ") if told else f"{said[-1] if said else 'no word'} (see log.txt)"
+
+    return train
+
+
+def run(
+    recipe: GrpoSettings,
+    model: str,
+    output: Path,
+    variants: Sequence[str],
+    *,
+    train: Train,
+    ask: Ask,
+) -> list[Result]:
+    """Trains and measures the variants, in order; ``ask`` measures a guard with its journal in a folder."""
+    outcomes: dict[str, list[Outcome]] = {BEFORE: ask(model, output / "before-RL")}
+    notes: dict[str, str | None] = {}
+    for variant in track(variants, "variants"):
+        folder = folder_of(output, variant)
+        try:
+            notes[variant] = train(VARIANTS[variant](recipe), folder)
+        except ValueError as error:
+            notes[variant] = str(error)
+        guard = str(folder / "model") if notes[variant] is None else _as_far_as_it_came(folder, notes[variant])
+        if guard:
+            outcomes[variant] = ask(guard, folder)
+    full = outcomes.get(FULL)
+    results = []
+    for variant in (BEFORE, *variants):
+        found = outcomes.get(variant)
+        summary = summarise(found, model=variant, revision=found[0].revision) if found else None
+        difference = compare(found, full)["means"] if found and full and variant != FULL else None
+        results.append(Result(variant, summary, difference, notes.get(variant)))
+    return results
+
+
+def _as_far_as_it_came(folder: Path, note: str | None) -> str | None:
+    return get_last_checkpoint(str(folder)) if note and _ALARM in note and folder.is_dir() else None
+
+
+def table(results: Sequence[Result]) -> Table:
+    """Per cent with 95 % intervals; the difference in mean F1 is paired."""
+    out = Table(title="Ablations of online RL: per cent, with 95 % intervals")
+    for column in ("variant", "mean F1", "recall", "false positives", "format", "reasoning tokens", "F1 to full"):
+        out.add_column(column, justify="left" if column == "variant" else "right")
+    for one in results:
+        if one.summary is None:
+            out.add_row(one.variant, f"not trained: {one.note}")
+            continue
+        means, tokens = one.summary["means"], one.summary["mean_reasoning_tokens"]
+        out.add_row(
+            f"{one.variant} (stopped by an alarm)" if one.note else one.variant,
+            *(_cell(means[name]) for name in ("f1", "recall", "false_positive_rate")),
+            _cell(one.summary["format_compliance"]),
+            "-" if tokens is None else f"{tokens:.1f}",
+            _cell((one.difference or {}).get("f1"), "difference", "+"),
+        )
+    return out
+
+
+def _cell(figure: Mapping[str, Any] | None, key: str = "value", sign: str = "") -> str:
+    if not figure or figure.get(key) is None:
+        return "-"
+    interval = figure.get("interval")
+    spread = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * figure[key]:{sign}.1f}{spread}"
+
+
+def write(results: Sequence[Result], recipe: GrpoSettings, output: Path) -> list[Path]:
+    """``ablations.json``, and the plot as SVG and PNG; gives their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    value = {"recipe": asdict(recipe), "variants": [asdict(one) for one in results]}
+    files = [output / f"ablations.{kind}" for kind in ("json", "svg", "png")]
+    write_whole(files[0], (json.dumps(value, indent=1) + "\n").encode())
+    figure = plot(results)
+    for file in files[1:]:
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return files
+
+
+def plot(results: Sequence[Result]) -> Figure:
+    """Mean F1 (with its interval), false positives, format compliance and reasoning tokens of every variant."""
+    shown = [one for one in results if one.summary is not None]
+    panels: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("mean F1", lambda s: s["means"]["f1"]),
+        ("false positives", lambda s: s["means"]["false_positive_rate"]),
+        ("format compliance", lambda s: s["format_compliance"]),
+        ("reasoning tokens", lambda s: s["mean_reasoning_tokens"]),
+    ]
+    with mpl.rc_context({"font.size": 9, "svg.hashsalt": "guard", "axes.grid": True, "grid.color": "#dddddd"}):
+        figure = Figure(figsize=(11, 1.2 + 0.4 * max(2, len(shown))), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for panel, (title, get) in zip(axes, panels, strict=True):
+            panel.set(title=title if title.endswith("tokens") else f"{title}, per cent")
+            for y, one in enumerate(shown):
+                _dot(panel, y, get(one.summary or {}), "#D55E00" if one.variant in (FULL, BEFORE) else "#0072B2")
+        axes[0].set_yticks(range(len(shown)), [f"{one.variant}{' (alarm)' if one.note else ''}" for one in shown])
+        axes[0].invert_yaxis()
+    return figure
+
+
+def _dot(panel: Any, y: int, figure: Any, colour: str) -> None:
+    if figure is None:
+        return
+    if isinstance(figure, int | float):
+        panel.plot([figure], [y], "o", ms=4, color=colour)
+        return
+    value, interval = 100 * figure["value"], figure.get("interval")
+    spread = [[max(0.0, value - 100 * interval[0])], [max(0.0, 100 * interval[1] - value)]] if interval else None
+    panel.errorbar([value], [y], xerr=spread, fmt="o", ms=4, lw=1, color=colour)
+
+
+def asker(rows: Sequence[Row], *, concurrency: int, console: Console) -> Ask:
+    """Asks a guard's own worker about the rows, with a journal in the variant's folder."""
+    from guard_training.evaluation.measure import WorkerFailed, measure
+
+    def ask(model: str, folder: Path) -> list[Outcome]:
+        try:
+            journal = folder / "outcomes.journal"
+            return measure(rows, model, concurrency=concurrency, console=console, journal=journal)
+        except WorkerFailed as error:
+            raise ValueError(str(error)) from None
+
+    return ask
