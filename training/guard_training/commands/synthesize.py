@@ -95,7 +95,7 @@ def run(given: argparse.Namespace) -> None:
             tally = write(wanted, asking, limiter, given.output, progress)
         _report(tally, price, asking, given.output, console)
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+        console.print(skipped.summary(), markup=False, soft_wrap=True)
     if not given.dry_run and tally.out_of_reach:
         raise ValueError(f"{tally.out_of_reach} rows were out of the teacher's reach: give the same command again")
 
@@ -145,11 +145,14 @@ def _report(tally: Tally, price: Price, asking: Asking, output: Path, console: C
         f"{tally.written} rationales written in {output}; {tally.answers} answers, {tally.prompt_tokens:,} prompt and "
         f"{tally.completion_tokens:,} answer tokens{f', cost {cost:,.2f}' if cost is not None else ''}",
         markup=False,
+        soft_wrap=True,
     )
     if tally.faults:
         reasons = ", ".join(f"{fault} {number}" for fault, number in tally.faults.most_common())
-        console.print(f"answers refused: {reasons}", markup=False)
+        console.print(f"answers refused: {reasons}", markup=False, soft_wrap=True)
     if tally.invalid:
         console.print(
-            f"{tally.invalid} rows given up, up to {asking.attempts} answers each: {invalid_file(output)}", markup=False
+            f"{tally.invalid} rows given up, up to {asking.attempts} answers each: {invalid_file(output)}",
+            markup=False,
+            soft_wrap=True,
         )

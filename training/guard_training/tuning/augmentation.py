@@ -64,7 +64,7 @@ def augment(
     with Journal(output) as journal:
         console.print(table(journal))
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+        console.print(skipped.summary(), markup=False, soft_wrap=True)
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:

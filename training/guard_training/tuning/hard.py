@@ -97,9 +97,9 @@ def reject(
     if report is not None:
         write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
     console.print(table(groups, sampling.k))
-    console.print(f"{len(kept)} rows kept in {output}", markup=False)
+    console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+        console.print(skipped.summary(), markup=False, soft_wrap=True)
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
