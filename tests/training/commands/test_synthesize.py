@@ -263,16 +263,17 @@ def test_requests_of_a_minute_are_bounded_repeats_included(
 ) -> None:
     scripted, url = teacher
     monkeypatch.setattr("guard_training.synthesis.limits.WINDOW", 0.5)
-    rows = rows_file(tmp_path, [*asks(1, "[down 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(6)]])
+    rows = rows_file(tmp_path, [*asks(1, "[down 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(5)]])
+    start = time.monotonic()
     call(rows, tmp_path / "taught.jsonl", url, "--requests-per-minute", 3)
-    assert len(scripted.times) == 8
-    for start in scripted.times:
-        assert sum(start <= at < start + 0.45 for at in scripted.times) <= 3
+    assert len(scripted.bodies) == 7
+    # Six rows fit into two windows; the repeat needs the third.
+    assert time.monotonic() - start >= 1.0
 
 
 def test_a_killed_run_goes_on_and_pays_for_no_row_twice(teacher: Teacher, tmp_path: Path) -> None:
     scripted, url = teacher
-    scripted.seconds = 0.03
+    scripted.seconds = 0.1
     rows, output = rows_file(tmp_path, asks(40)), tmp_path / "taught.jsonl"
     words = ["--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, "--concurrency", "4"]
     program = (
