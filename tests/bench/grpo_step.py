@@ -32,8 +32,9 @@ from trl import GRPOTrainer
 
 from guard_training.corpus.rows import Row
 from guard_training.tuning.contract import Contract, load_contract, load_model
-from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build, peak_memory
+from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build
 from guard_training.tuning.reward import Truth, score
+from guard_training.tuning.run import peak_memory
 from guard_training.tuning.settings import read_settings, recipe_path
 
 TARGET = 1.1

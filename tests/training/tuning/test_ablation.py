@@ -47,7 +47,9 @@ class _Sweep:
         note = self._notes.get(folder.name)
         if note and note.startswith("raise "):
             raise RecipeError(note)
-        (folder / ("checkpoint-2" if note else "model")).mkdir(parents=True)
+        made = folder / ("checkpoint-2" if note else "model")
+        made.mkdir(parents=True)
+        (made / "trainer_state.json").write_text("{}")
         return note
 
     def ask(self, model: str, folder: Path) -> list[Outcome]:

@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers.trainer_utils import get_last_checkpoint
 
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.rowfile import write_whole
 from guard_training.tuning.grpo import GrpoSettings
+from guard_training.tuning.run import last_checkpoint
 
 FULL, BEFORE = "full", "before RL"
 #: What is taken away (paper, ablation study).
@@ -68,8 +68,10 @@ def trainer(rows: Path, model: str, launch: Sequence[str] = _LAUNCH) -> Train:
 
     def train(recipe: GrpoSettings, folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "recipe.yaml"
-        file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+        file, text = folder / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False)
+        if (folder / "model" / "guard.json").is_file() and file.read_text("utf-8") == text:
+            return None
+        file.write_text(text, encoding="utf-8")
         command = [*launch, "grpo", "--rows", str(rows), "--model", model, "--recipe", str(file)]
         with (folder / "log.txt").open("ab") as log:
             done = subprocess.run([*command, "--output", str(folder)], stdout=log, stderr=log, check=False)  # noqa: S603
@@ -116,7 +118,8 @@ def run(
 
 
 def _as_far_as_it_came(folder: Path, note: str | None) -> str | None:
-    return get_last_checkpoint(str(folder)) if note and _ALARM in note and folder.is_dir() else None
+    found = last_checkpoint(folder) if note and _ALARM in note else None
+    return str(found) if found else None
 
 
 def table(results: Sequence[Result]) -> Table:

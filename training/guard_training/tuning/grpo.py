@@ -11,21 +11,17 @@ under FSDP or ZeRO-3 with rows of both modalities (ranks without images would wa
 
 from __future__ import annotations
 
-import resource
-import statistics
-import time
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import track
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from guard_training.corpus.conversation import conversation
@@ -37,6 +33,17 @@ from guard_training.tuning.clipping import FLOOR, DynamicClipping
 from guard_training.tuning.contract import Contract, load_contract, load_model, pictures
 from guard_training.tuning.reward import Shape
 from guard_training.tuning.rollout import GuardGRPOTrainer, RowProcessor, key
+from guard_training.tuning.run import (
+    Bar,
+    Meter,
+    adapters,
+    curves,
+    freeze,
+    last_checkpoint,
+    peak_memory,
+    report_to,
+    save_guard,
+)
 from guard_training.tuning.scoring import SafetyReward
 from guard_training.tuning.settings import LoraSettings, RecipeError
 
@@ -156,7 +163,7 @@ def arguments(recipe: GrpoSettings, output: Path, rows: int, *, cpu: bool) -> GR
         save_steps=recipe.save_every * recipe.updates_per_rollout,
         save_total_limit=2,
         logging_steps=1,
-        report_to="tensorboard",
+        report_to=report_to(),
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
@@ -196,40 +203,6 @@ def select(
     return chosen
 
 
-class Meter(TrainerCallback):
-    """Seconds per update, rollout included, and peak memory."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-    def last(self) -> dict[str, float]:
-        """For the log: the last update's seconds, and the peak so far."""
-        return {"seconds_per_update": self.seconds[-1], "peak_memory_gib": peak_memory() / 2**30}
-
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        if not self.seconds:
-            return "no update was left to do"
-        where = "GPU" if torch.cuda.is_available() else "process"
-        return (
-            f"{len(self.seconds)} updates, {statistics.mean(self.seconds):.2f} s each with their rollouts; "
-            f"peak memory of the {where} {peak_memory() / 2**30:.2f} GiB"
-        )
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process has held on its GPU, or without one in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class WatchedTrainer(GuardGRPOTrainer):
     """Measures every rollout for the alarms. ``safety``, ``watch`` and ``meter`` are set after it is made."""
 
@@ -250,7 +223,8 @@ class WatchedTrainer(GuardGRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also the bound that the loss clipped with, and what the update cost."""
         if "loss" in logs:
-            logs |= {"clip_bound": self.epsilon_high, **self.meter.last()}
+            logs |= {"clip_bound": self.epsilon_high, "seconds_per_update": self.meter.seconds[-1]}
+            logs["peak_memory_gib"] = peak_memory() / 2**30
         super().log(logs, start_time)
 
 
@@ -266,19 +240,7 @@ def build(
 ) -> tuple[WatchedTrainer, StopWhenHacked]:
     """The trainer of a run and its alarm. ``raw`` writes the completions' texts into their log."""
     rows = chosen.rows
-    if recipe.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    adapters = None
-    if recipe.lora:
-        from peft import LoraConfig
-
-        adapters = LoraConfig(
-            r=recipe.lora.rank,
-            lora_alpha=recipe.lora.scale,
-            lora_dropout=recipe.lora.dropout,
-            target_modules=rf".*language_model.*\.({'|'.join(recipe.lora.targets)})",
-            task_type="CAUSAL_LM",
-        )
+    freeze(model, vision=recipe.freeze_vision, projector=recipe.freeze_vision)
     ends = [contract.encoder.im_end, contract.tokenizer.eos_token_id]
     log = Path(args.output_dir) / "completions" if PartialState().is_main_process else None
     safety = SafetyReward(rows, recipe.reward, ends, log, raw=raw)
@@ -288,7 +250,7 @@ def build(
         processing_class=RowProcessor.of(contract, rows, chosen.drawn),
         reward_funcs=[safety],
         train_dataset=Dataset.from_dict({"prompt": [key(number) for number in range(len(rows))]}),
-        peft_config=adapters,
+        peft_config=adapters(recipe.lora) if recipe.lora else None,
     )
     sharded = trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3)
     if sharded and not recipe.freeze_vision and len({row.image is None for row in rows}) == 2:
@@ -312,7 +274,7 @@ def build(
 
 def train(
     recipe: GrpoSettings,
-    model: str,
+    guard: str,
     rows: Sequence[Row],
     output: Path,
     skipped: Skipped,
@@ -322,34 +284,27 @@ def train(
     raw: bool = False,
     cpu: bool = False,
 ) -> Path:
-    """Trains ``model`` (nano, a folder or a hub id) and returns the folder of the new guard, ``output/model``.
+    """Trains ``guard`` (nano, a folder or a hub id) and returns the folder of the new guard, ``output/model``.
 
     ``read`` reads an image's bytes, for a recipe with ``reader``. Raises ``RewardHacked`` where an alarm stopped it.
     """
-    begin(output / "run", {"model": model, **{k: v for k, v in asdict(recipe).items() if k != "alarms"}})
-    folder, last = output / "model", get_last_checkpoint(str(output))
+    # the alarms may change: a run that one stopped goes on with another limit
+    settings = {key: value for key, value in asdict(recipe).items() if key != "alarms"}
+    ids = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    begin(output / "run", {**settings, "guard": guard, "rows of": ids})
+    folder, last = output / "model", last_checkpoint(output)
     if (folder / "guard.json").is_file():
         console.print(f"{folder} is finished")
         return folder
-    contract = load_contract(model, max_pixels=recipe.max_pixels)
+    contract = load_contract(guard, max_pixels=recipe.max_pixels)
     reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
     chosen = select(recipe, contract, rows, skipped, reader)
     args = arguments(recipe, output, len(chosen.rows), cpu=cpu)
-    meter = Meter()
-    trainer, stop = build(recipe, contract, chosen, args, model=load_model(contract.folder), raw=raw, callbacks=[meter])
-    trainer.train(resume_from_checkpoint=last)
-    console.print(trainer.meter.summary())
-    stop.raise_if_over(get_last_checkpoint(str(output)) or str(output))
-    save(trainer, contract, folder)
-    return folder
-
-
-def save(trainer: GuardGRPOTrainer, contract: Contract, folder: Path) -> None:
-    """The guard's folder: weights (adapters merged), tokenizer, image processor and, last, its facts."""
-    if hasattr(trainer.model, "merge_and_unload"):
-        if PartialState().is_main_process:
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
-    else:
-        trainer.save_model(str(folder))
-    if PartialState().is_main_process:
-        contract.save(folder)
+    args.disable_tqdm = True
+    model = load_model(contract.folder)
+    trainer, stop = build(recipe, contract, chosen, args, model=model, raw=raw, callbacks=curves("grpo"))
+    with Bar().over(trainer):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    console.print(trainer.meter.summary(), highlight=False)
+    stop.raise_if_over(str(last_checkpoint(output)))
+    return save_guard(trainer, contract, folder)

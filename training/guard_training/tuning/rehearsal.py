@@ -1,16 +1,12 @@
 """A recipe tried before its weights are at hand: the real architecture, random, at the recipe's real lengths.
 
 ``on_meta`` builds TRL's whole configuration and runs the model on the meta device, where tensors have shapes and no
-memory: a minute on a laptop for 3B. ``with_weights`` does real updates, on the GPU where there is one, and measures
-seconds and memory. Both use nano's tokenizer, with which the architecture's control ids are made to agree: which ids
-a text has does not change what a step costs.
-
-Refuses: a recipe that names no architecture.
+memory: seconds on a laptop for 3B. ``with_weights`` does real updates, on the GPU where there is one, and measures
+seconds and memory. Both use nano's tokenizer (see ``standin``).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,19 +16,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
-from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from guard_training.corpus.rows import Row
 from guard_training.tuning.clipping import bound
-from guard_training.tuning.contract import Contract, image_processor, load_contract
-from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build, peak_memory
+from guard_training.tuning.contract import Contract
+from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build
 from guard_training.tuning.rollout import question
-from guard_training.tuning.settings import RecipeError, recipe_path
-
-_CONTROL = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-            "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
-_PIXELS = 1280 * 28 * 28
+from guard_training.tuning.run import freeze, peak_memory
+from guard_training.tuning.settings import RecipeError
+from guard_training.tuning.standin import meta_model, stand_in, tower
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +61,6 @@ class Plan:
         ]
 
 
-def architecture(recipe: GrpoSettings, contract: Contract) -> Qwen2_5_VLConfig:
-    """The recipe's ``architecture``, its control ids those of the contract's tokenizer."""
-    if recipe.architecture is None:
-        raise RecipeError("the recipe names no architecture; set it to one of recipes/architectures, or train for real")
-    named = Path(recipe.architecture)
-    path = named if named.is_file() else recipe_path("grpo-3b").parent / "architectures" / f"{named}.json"
-    if not path.is_file():
-        raise RecipeError(f"no architecture {recipe.architecture}; give a config.json")
-    value = json.loads(path.read_text("utf-8"))
-    tokenizer = contract.tokenizer
-    value |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in _CONTROL.items()}
-    text = value["text_config"]
-    text |= {"vocab_size": max(text["vocab_size"], len(tokenizer))}
-    text |= {"eos_token_id": contract.encoder.im_end, "pad_token_id": tokenizer.pad_token_id}
-    return Qwen2_5_VLConfig(**value)
-
-
-def stand_in(recipe: GrpoSettings) -> tuple[Contract, Qwen2_5_VLConfig]:
-    """nano's tokenizer with the architecture's image processor, and the configuration."""
-    nano = load_contract("nano")
-    config = architecture(recipe, nano)
-    facts = replace(nano.facts, reader=False, max_pixels=recipe.max_pixels or _PIXELS)
-    return replace(nano, facts=facts, images=image_processor(config.vision_config.to_dict(), facts)), config
-
-
 def longest_rows(recipe: GrpoSettings, contract: Contract, count: int, folder: Path) -> list[Row]:
     """Made rows as long as the recipe allows; every second with an image as large as it allows."""
     side = math.isqrt(contract.facts.max_pixels)
@@ -108,16 +76,14 @@ def longest_rows(recipe: GrpoSettings, contract: Contract, count: int, folder: P
 
 def on_meta(recipe: GrpoSettings, rows: int, output: Path) -> Plan:
     """Builds the configuration of a run over so many rows and checks one micro-batch's shapes, without memory."""
-    contract, config = stand_in(recipe)
+    contract, config = stand_in(recipe.architecture, recipe.max_pixels)
     args = arguments(recipe, output, rows, cpu=not torch.cuda.is_available())
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    if recipe.freeze_vision:
-        model.model.visual.requires_grad_(False)
+    model = meta_model(config, torch.float32)
+    freeze(model, vision=recipe.freeze_vision, projector=recipe.freeze_vision)
     with TemporaryDirectory() as folder:
         prompt = question(contract, longest_rows(recipe, contract, 2, Path(folder))[1])
     assert prompt.pixels is not None
-    images = _tower(model.model.visual, torch.empty_like(prompt.pixels, device="meta"))
+    images = tower(model.model.visual, torch.empty_like(prompt.pixels, device="meta"))
     pads = prompt.ids.count(contract.encoder.image_pad)
     if tuple(images.shape) != (pads, config.text_config.hidden_size):
         raise RecipeError(f"the tower gives {tuple(images.shape)} for {pads} image tokens")
@@ -139,22 +105,12 @@ def on_meta(recipe: GrpoSettings, rows: int, output: Path) -> Plan:
     )
 
 
-def _tower(visual: Any, patches: Tensor) -> Tensor:
-    """The vision tower part by part: its own forward reads values of the grid, which meta tensors do not have."""
-    hidden = visual.patch_embed(patches)
-    turns = torch.empty(len(hidden), hidden.shape[1] // visual.config.num_heads, device="meta")
-    for block in visual.blocks:
-        hidden = block(hidden, cu_seqlens=torch.tensor([0, len(hidden)]), position_embeddings=(turns, turns))
-    merged: Tensor = visual.merger(hidden)
-    return merged
-
-
 def with_weights(recipe: GrpoSettings, output: Path) -> dict[str, Any]:
     """Two real updates (one rollout) with random weights; gives seconds of each, peak memory and the device.
 
     The rollout is as small as the group allows; micro-batches, lengths and images are the recipe's.
     """
-    contract, config = stand_in(recipe)
+    contract, config = stand_in(recipe.architecture, recipe.max_pixels)
     cpu = not torch.cuda.is_available()
     step = recipe.batch_per_device * PartialState(cpu=cpu).num_processes
     prompts = math.lcm(step, recipe.group) // recipe.group

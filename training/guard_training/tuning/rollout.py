@@ -8,14 +8,14 @@ which are looked up where the vision tower is called. A group of 16 therefore co
 through the tower instead of 16, and a rollout keeps none on the device (512 x 16 megapixels would be 190 GB).
 
 What is worked round in trl 1.16.0, each of which breaks mixed batches or hides a fault:
-- ``apply_chat_template`` on a user's text turns ``<|im_end|>`` typed by them into a control token: ``_tokenize_prompts``;
+- the chat template makes a control token of an ``<|im_end|>`` that a user typed: ``_tokenize_prompts``;
 - right padding by a processor that TRL did not load misaligns ``mm_token_type_ids`` (trl#5785): our own padding;
 - an all-text micro-batch of a mixed rollout has zero rows of pixels, and ``torch.cat`` of none fails: ``looked_up``;
 - ``log_multimodal`` gathers on some ranks only (deadlock), and ``log_completions`` prints raw text: both off;
 - colocated vLLM expands image pads that are expanded already (trl#6294): one pad per image there;
 - colocated vLLM keeps image embeddings of old weights (trl#7198): its encoder cache is emptied after each sync;
 - transformers' generate leaves autocast: sampling from full-precision weights would cost twice the time;
-- a resumed full fine-tune starts from the *initial* weights (transformers' lenient load): ``_load_from_checkpoint``.
+- a resumed full fine-tune starts from the *initial* weights (transformers' lenient load): ``ResumingTrainer``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 from guard_middleware.guard.prompt import expand_images
 from guard_training.corpus.rows import Row
 from guard_training.tuning.contract import Contract, ImageTextProcessor, pictures
+from guard_training.tuning.run import ResumingTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def key(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": str(number)}]
 
 
-class GuardGRPOTrainer(GRPOTrainer):
+class GuardGRPOTrainer(ResumingTrainer, GRPOTrainer):
     """``processing_class`` must be a ``RowProcessor``, and the ``prompt`` column made with ``key``."""
 
     def __init__(self, *, args: GRPOConfig, processing_class: RowProcessor, **kwargs: Any) -> None:
@@ -179,14 +180,6 @@ class GuardGRPOTrainer(GRPOTrainer):
             prompt_ids = [collapse(ids, self.processing_class.image_token_id) for ids in prompt_ids]
         with self.accelerator.autocast():
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = model or self.model
-        if hasattr(model, "peft_config") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
 
 
 def collapse(ids: Sequence[int], pad: int) -> list[int]:
