@@ -25,7 +25,7 @@ its last checkpoint when the same command is given again.
   guard-train synthesize --rows rows.jsonl --output corpus.jsonl ...
   guard-train sft --recipe sft-3b --dry-run
   guard-train sft --recipe sft-3b --random-weights --steps 2
-  accelerate launch --config_file training/recipes/accelerate/zero3.yaml -m guard_training.cli \\
+  accelerate launch --config_file training/recipes/accelerate/zero3.yaml -m guard_training \\
       sft --recipe sft-3b --data corpus.jsonl --output runs/sft
   guard-train sft --recipe sft-nano --data corpus.jsonl --output runs/nano --set learning_rate=1.0e-4
 

@@ -5,15 +5,13 @@ Refuses: an unknown key, a missing one, and a value of another type; the message
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from guard_training.tuning.settings import RecipeError, read_settings, settings
 
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key and the remedy."""
+__all__ = ["Recipe", "RecipeError", "default_recipe", "read_recipe", "recipe", "stages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +68,12 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file; raises ``RecipeError``."""
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of names to constants")
-    return recipe(value, str(path))
+    return read_settings(Recipe, path)
 
 
 def recipe(value: dict[str, Any], where: str = "recipe") -> Recipe:
     """The recipe in a mapping; raises ``RecipeError``."""
-    kinds = {field.name: str(field.type) for field in fields(Recipe)}
-    for key in value:
-        if key not in kinds:
-            raise RecipeError(f"{where}: unknown key {key!r}; known keys: {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        if key not in value:
-            raise RecipeError(f"{where}: {key} is missing; copy it from training/recipes/nano.yaml")
-        wanted = {"int": int, "float": (int, float), "str": str}.get(kind, list if kind.startswith("list") else dict)
-        if not isinstance(value[key], wanted) or isinstance(value[key], bool):  # type: ignore[arg-type]
-            raise RecipeError(f"{where}: {key} must be a {kind}")
-    return Recipe(**value)
+    return settings(Recipe, value, where)
 
 
 def stages(first: Recipe) -> list[Recipe]:
