@@ -38,7 +38,8 @@ class Outer:
     limit: int | None = None
 
 
-GOOD: dict[str, Any] = {"rate": 1, "name": "x", "on": True, "kind": "a", "inner": {"depth": 2, "words": ["w"]}, "shares": {"s": 1}}  # fmt: skip
+INNER = {"depth": 2, "words": ["w"]}
+GOOD: dict[str, Any] = {"rate": 1, "name": "x", "on": True, "kind": "a", "inner": INNER, "shares": {"s": 1}}
 
 
 def test_a_recipe_becomes_a_value_with_the_types_it_names() -> None:
