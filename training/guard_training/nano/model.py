@@ -106,3 +106,20 @@ def start_embeddings(
         column = (odds / odds[seen].std()).clamp(-4, 4) * scale
         signs = torch.tensor([1.0, -1.0]).repeat(odds_dims)[:odds_dims]
         weight[: len(odds), rank : rank + odds_dims] += column[:, None] * signs
+
+
+def start_attention(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Lets the first layers pass on the mean of the words: their values copy a share of the dimensions each, and their
+    outputs write it back to the same dimensions, in place. Without it the mean has to squeeze through matrices of
+    small random numbers, and what the words mean arrives hundreds of steps later than what they are worth."""
+    config = model.config.get_text_config()
+    head = config.hidden_size // config.num_attention_heads
+    width = config.num_key_value_heads * head
+    shared = config.num_attention_heads // config.num_key_value_heads
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.language_model.layers[: config.hidden_size // width]):
+            copied = torch.arange(width)
+            layer.self_attn.v_proj.weight[copied, number * width + copied] += 1.0
+            for query in range(config.num_attention_heads):
+                from_, to = query * head, number * width + (query // shared) * head
+                layer.self_attn.o_proj.weight[to : to + head, from_ : from_ + head] += torch.eye(head) / shared

@@ -37,7 +37,7 @@ from guard_training.nano.mixture import (
     picture_case,
     text_case,
 )
-from guard_training.nano.model import build_model, image_processor, start_embeddings
+from guard_training.nano.model import build_model, image_processor, start_attention, start_embeddings
 from guard_training.nano.pictures import typographic
 from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
@@ -57,6 +57,10 @@ from guard_training.nano.trainer import (
     training_arguments,
 )
 from guard_training.nano.wordnet import FOLDER, definitions
+
+
+#: what ``kind_shares`` may name
+KINDS = ("text", "distilled", "pair", "dialogue", "picture")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ def make_model(
         ids, harmful, weights, len(tokenizer), steps=recipe.odds_steps, penalty=recipe.odds_penalty
     )
     start_embeddings(model, words, odds * rarity, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
+    start_attention(model)
     return model
 
 
@@ -146,7 +151,7 @@ def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, po
         if row.request:
             by_label[row.request].append(row)
     others: Mapping[Label, Sequence[str]] = {label: [row.prompt for row in kept] for label, kept in by_label.items()}
-    wanted = {kind: int(recipe.cases * share) for kind, share in recipe.kind_shares.items()}
+    wanted = {kind: int(recipe.cases * recipe.kind_shares.get(kind, 0.0)) for kind in KINDS}
 
     def prompts(count: int) -> list[Row]:
         harmful = int(count * recipe.harmful_share)

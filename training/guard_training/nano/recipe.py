@@ -89,4 +89,6 @@ def stages(first: Recipe) -> list[Recipe]:
 def default_recipe() -> Path:
     """The recipe of nano: in the repository, or in the installed package."""
     here = Path(__file__).resolve().parents[1]
-    return next(path for path in (here.parent / "recipes" / "nano.yaml", here / "nano.yaml") if path.is_file())
+    return next(
+        path for path in (here.parent / "recipes" / "nano.yaml", here / "recipes" / "nano.yaml") if path.is_file()
+    )
