@@ -58,7 +58,6 @@ from guard_training.nano.trainer import (
 )
 from guard_training.nano.wordnet import FOLDER, definitions
 
-
 #: what ``kind_shares`` may name
 KINDS = ("text", "distilled", "pair", "dialogue", "picture")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guard_training.tuning.settings import RecipeError, read_settings, settings
+from guard_training.tuning.settings import RecipeError, read_settings, recipe_path, settings
 
 __all__ = ["Recipe", "RecipeError", "default_recipe", "read_recipe", "recipe", "stages"]
 
@@ -88,7 +88,4 @@ def stages(first: Recipe) -> list[Recipe]:
 
 def default_recipe() -> Path:
     """The recipe of nano: in the repository, or in the installed package."""
-    here = Path(__file__).resolve().parents[1]
-    return next(
-        path for path in (here.parent / "recipes" / "nano.yaml", here / "recipes" / "nano.yaml") if path.is_file()
-    )
+    return recipe_path("nano")
