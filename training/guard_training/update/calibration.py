@@ -1,0 +1,67 @@
+"""Temperature scaling of a guard's scores (Guo et al. 2017, section 4.2), on rows it was not trained on.
+
+A calibrated score is sigmoid(logit(score) / temperature): the order of scores, and so every curve, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from guard_training.evaluation import curves
+from guard_training.evaluation.metrics import scored
+from guard_training.evaluation.outcomes import SIDES, Outcome
+from guard_training.evaluation.stats import Array
+
+#: Rows of each class that a temperature needs.
+LEAST = 15
+_CLIP = 1e-6
+#: Temperatures that are tried, evenly in their logarithm.
+_TEMPERATURES = np.geomspace(0.05, 20.0, 401)
+
+
+def scaled(scores: Array, temperature: float) -> Array:
+    """Calibrated scores."""
+    kept = np.clip(scores, _CLIP, 1 - _CLIP)
+    out: Array = 1 / (1 + ((1 - kept) / kept) ** (1 / temperature))
+    return out
+
+
+def temperature(harmful: Sequence[bool], scores: Sequence[float]) -> float:
+    """The temperature of the lowest log-loss, each class weighing one half: how many of a row set are harmful is
+    the collector's choice."""
+    truth, given = np.asarray(harmful, dtype=bool), np.asarray(scores, dtype=np.float64)
+    weight = np.where(truth, 0.5 / truth.sum(), 0.5 / (~truth).sum())
+
+    def loss(one: float) -> float:
+        called = np.clip(scaled(given, one), _CLIP, 1 - _CLIP)
+        return float(-(weight * np.log(np.where(truth, called, 1 - called))).sum())
+
+    return float(min(_TEMPERATURES, key=loss))
+
+
+def calibrate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after; None
+    where there are too few rows of a class, or all scores are equal."""
+    return {"method": "temperature", **{side: _side(*scored(outcomes, side)[:2]) for side in SIDES}}
+
+
+def _side(harmful: Sequence[bool], scores: Sequence[float]) -> dict[str, Any] | None:
+    count = sum(harmful)
+    if min(count, len(harmful) - count) < LEAST or len(set(scores)) < 2:
+        return None
+    found = temperature(harmful, scores)
+    after = scaled(np.asarray(scores, dtype=np.float64), found).tolist()
+    return {
+        "temperature": round(found, 4),
+        "rows": len(harmful),
+        "harmful": count,
+        "calibration_error": [_error(harmful, scores), _error(harmful, after)],
+        "brier": [curves.brier(harmful, scores), curves.brier(harmful, after)],
+    }
+
+
+def _error(harmful: Sequence[bool], scores: Sequence[float]) -> float | None:
+    return curves.calibration_error(curves.reliability(harmful, scores))

@@ -1,0 +1,446 @@
+"""The whole update: corrections to lessons, R-SFT (and RL), both guards measured on the same rows, gate, revision.
+
+Everything lies in one folder and each step goes on where it was stopped: ``guard.jsonl`` and ``current.jsonl`` /
+``new.jsonl`` (what guards were asked), ``lessons.jsonl``, ``sft/``, ``rl/``, ``results/``, ``update.json`` (what the
+gate found), ``report.html``, and, if it is accepted, ``revision/``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import Progress, track
+
+from guard_middleware.types import Verdict
+from guard_middleware.worker.weights import ModelFacts, resolve
+from guard_training.corpus.leakage import Fingerprints, readable
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, row_to_json
+from guard_training.evaluation.measure import Asked, ask_all, identity, measure, sample, usable, worker, write_json
+from guard_training.evaluation.metrics import compare, summarise
+from guard_training.evaluation.outcomes import Outcome
+from guard_training.evaluation.report import render, write_report
+from guard_training.journal import Journal
+from guard_training.nano.drawn import DrawnText, Read
+from guard_training.nano.teacher import form
+from guard_training.rowfile import begin, bring_image, digest, write_whole
+from guard_training.tuning.grpo import GrpoSettings
+from guard_training.tuning.settings import SftSettings
+from guard_training.update import gate, revision
+from guard_training.update.calibration import calibrate
+from guard_training.update.card import Recipe, SourceFacts, count_sources, licence_of, write_card
+from guard_training.update.corrections import SOURCE, agreed, read_corrections, read_log
+from guard_training.update.lessons import (
+    Origin,
+    Said,
+    fit_lexicon,
+    held_back,
+    read_lessons,
+    replay,
+    with_rationales,
+    without_leaks,
+    write_lessons,
+)
+from guard_training.update.train import LESSONS, write_stage
+
+#: Rows that the scores are calibrated on, at most.
+_CALIBRATION_ROWS = 600
+LAUNCH = (sys.executable, "-c", "import sys; from guard_training.cli import main; sys.exit(main())")
+
+#: Makes the guard of the prepared folder and returns its place.
+Train = Callable[["Plan"], Path]
+#: What a guard says about rows: (rows, model, journal) -> outcomes in order.
+Measure = Callable[[Sequence[Row], str, Path], list[Outcome]]
+
+
+class UpdateError(ValueError):
+    """An update that cannot be done; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an update is made of. ``replay_share`` is the share of older rows among all lessons."""
+
+    model: str
+    corrections: tuple[Path, ...]
+    replay: tuple[Path, ...]
+    evaluation: tuple[Path, ...]
+    golden: Path
+    output: Path
+    sft: SftSettings
+    rl: GrpoSettings | None = None
+    logs: tuple[Path, ...] = ()
+    replay_share: float = 0.8
+    limit: int | None = None
+    margin: float = 0.02
+    allow_chance: bool = False
+    made: str = ""
+    licence: str | None = None
+    limits: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.replay_share < 1:
+            raise UpdateError("--replay-share is the share of older rows among all lessons: from 0 to below 1")
+        if self.margin < 0:
+            raise UpdateError("--margin must not be negative")
+        if self.replay_share and not self.replay:
+            raise UpdateError("no --replay FILE to draw the replay share from; a guard forgets without it")
+
+    def files(self) -> list[tuple[str, Path]]:
+        """Every data file with what it is for."""
+        named = (("corrections", self.corrections), ("decision log", self.logs), ("replay", self.replay))
+        found = [(role, path) for role, paths in named for path in paths]
+        return [*found, *(("evaluation", path) for path in self.evaluation), ("golden set", self.golden)]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the weights: a resumed command must repeat it. Margin and texts of the card may change."""
+        files = [[role, digest(path)] for role, path in self.files()]
+        return {
+            "model": resolve(self.model).facts.revision,
+            "files": files,
+            "replay_share": self.replay_share,
+            "sft": asdict(self.sft),
+            "rl": asdict(self.rl) if self.rl else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the training begins with, and the rows that both guards are measured on."""
+
+    lessons: list[Row]
+    origins: Mapping[Origin, int]
+    reviewers: int
+    corrected: list[Row]
+    calibration: list[Row]
+    evaluation: Mapping[Path, list[Row]]
+    golden: list[Row]
+
+
+def run(
+    plan: Plan,
+    *,
+    console: Console,
+    skipped: Skipped,
+    train: Train,
+    measure: Measure,
+    ask: Callable[[Sequence[Row], str, Path], Mapping[str, Said]],
+    read: Read | None = None,
+) -> Path:
+    """Updates the guard and returns the folder of the new revision. Raises ``UpdateRefused`` where the gate is
+    shut, ``WorkerFailed`` where a guard cannot be asked."""
+    for _, path in plan.files():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+    identity(plan.model)
+    begin(plan.output / "update", plan.settings())
+    target = plan.output / "revision"
+    if target.is_dir():
+        console.print(f"{target} is finished", highlight=False)
+        return target
+    prepared = prepare(plan, console=console, skipped=skipped, ask=ask, read=read)
+    new = train(plan)
+    console.print(f"new guard: {new}", highlight=False)
+    asked = [*(row for rows in prepared.evaluation.values() for row in rows), *prepared.golden, *prepared.corrected]
+    before = {one.id: one for one in measure(asked, plan.model, plan.output / "current.jsonl")}
+    after_rows = [*asked, *prepared.calibration]
+    after = {one.id: one for one in measure(after_rows, str(new), plan.output / "new.jsonl")}
+    return conclude(plan, prepared, new, before, after, console=console)
+
+
+def prepare(
+    plan: Plan,
+    *,
+    console: Console,
+    skipped: Skipped,
+    ask: Callable[[Sequence[Row], str, Path], Mapping[str, Said]],
+    read: Read | None,
+) -> Prepared:
+    """Reads everything, makes the lessons and writes them down."""
+
+    def shown(rows: Sequence[Row], what: str) -> Any:
+        return track(rows, what, console=console, transient=True)
+
+    log = read_log(plan.logs, skipped) if plan.logs else None
+    corrections = [one for path in plan.corrections for one in read_corrections(path, skipped, log)]
+    with Fingerprints(plan.output / "fingerprints.jsonl") as prints:
+
+        def good(rows: Sequence[Row]) -> list[Row]:
+            return readable(rows, prints, skipped, shown)
+
+        # agreement compares the images' bytes, so they have to be there
+        whole = {row.id for row in good([one.lesson for one in corrections])}
+        kept = agreed([one for one in corrections if one.lesson.id in whole], skipped)
+        evaluation = {path: good(read_good_rows(path, skipped)) for path in plan.evaluation}
+        golden = good(read_good_rows(plan.golden, skipped))
+        if not any(evaluation.values()) or not golden:
+            raise UpdateError(f"no usable row in the evaluation files or in the golden set; {skipped.summary()}")
+        older = good([row for path in plan.replay for row in read_good_rows(path, skipped)])
+        against = {path.name: rows for path, rows in evaluation.items()}
+        against = {**against, f"the golden set {plan.golden.name}": golden}
+        corrected = without_leaks([one.lesson for one in kept], against, skipped, fingerprints=prints, track=shown)
+        if not corrected:
+            raise UpdateError(f"no correction can be learnt from; {skipped.summary()}")
+        count = round(len(corrected) * plan.replay_share / (1 - plan.replay_share))
+        # as many again as are wanted, since those that an evaluation set holds go out
+        chosen = replay(older, corrected, 2 * count, plan.sft.seed)
+        kept_back = held_back(older, _CALIBRATION_ROWS, plan.sft.seed)
+        clean = without_leaks([*chosen, *kept_back], against, skipped, fingerprints=prints, track=shown)
+    ids = {row.id for row in clean}
+    replayed = replay([row for row in chosen if row.id in ids], [], count, plan.sft.seed)
+    if len(replayed) < count:
+        console.print(f"only {len(replayed)} of {count} replay rows could be had", highlight=False)
+    lexicon = fit_lexicon([*older, *corrected]) if resolve(plan.model).facts.form == form() else None
+    drawn = DrawnText(plan.output / "drawn.jsonl", read) if read else None
+    lessons, origins = with_rationales(
+        [*corrected, *replayed],
+        skipped,
+        ask=lambda rows: ask(rows, plan.model, plan.output / "guard.jsonl"),
+        lexicon=lexicon,
+        read=drawn,
+    )
+    labelled = [row for row in lessons if row.source == SOURCE]
+    if not labelled:
+        raise UpdateError(f"no correction can be learnt from; {skipped.summary()}")
+    write_lessons(lessons, plan.output / LESSONS)
+    write_stage(plan.output, replace(plan.sft, model=plan.model))
+    said = ", ".join(f"{count} {origin}" for origin, count in sorted(origins.items()))
+    console.print(f"{len(labelled)} corrections and {len(lessons) - len(labelled)} replay rows; rationales: {said}")
+    return Prepared(
+        lessons,
+        origins,
+        len({one.reviewer for one in kept}),
+        [row for row in labelled if not getattr(row, "messages", "")],
+        [replace(row, id=f"calibration:{row.id}") for row in kept_back if row.id in ids],
+        _askable(evaluation, plan.limit, skipped),
+        usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped),
+    )
+
+
+def _askable(files: Mapping[Path, Sequence[Row]], limit: int | None, skipped: Skipped) -> dict[Path, list[Row]]:
+    """At most ``limit`` rows of a source; an id counts once over all files."""
+    named = {row.id: path for path, rows in reversed(list(files.items())) for row in rows}
+    kept = usable([row for rows in files.values() for row in rows], skipped)
+    return {path: sample([row for row in kept if named[row.id] == path], limit) for path in files}
+
+
+def conclude(
+    plan: Plan,
+    prepared: Prepared,
+    new: Path,
+    before: Mapping[str, Outcome],
+    after: Mapping[str, Outcome],
+    *,
+    console: Console,
+) -> Path:
+    """Report, gate, revision."""
+    measured = [row.id for rows in prepared.evaluation.values() for row in rows]
+    golden = [row.id for row in prepared.golden]
+    verdict = gate.judge(
+        [before[id] for id in measured],
+        [after[id] for id in measured],
+        [before[id] for id in golden],
+        [after[id] for id in golden],
+        margin=plan.margin,
+        allow_chance=plan.allow_chance,
+    )
+    learnt = {"rows": len(prepared.corrected), "before": 0, "after": 0}
+    for row in prepared.corrected:
+        wanted = row.response_label or row.request
+        side: Any = "response" if row.response_label else "request"
+        learnt["before"] += before[row.id].called(side) == wanted
+        learnt["after"] += after[row.id].called(side) == wanted
+    facts = resolve(str(new)).facts
+    summaries = {path: _summary(plan, path, rows, after, facts) for path, rows in prepared.evaluation.items()}
+    for path, summary in summaries.items():
+        write_json(summary, plan.output / "results" / f"{_stem(path)}.json")
+    write_json({**verdict.to_json(), "corrections": learnt}, plan.output / "update.json")
+    _report(plan, [before[id] for id in measured], [after[id] for id in measured])
+    console.print(gate.sheet(verdict).rich())
+    console.print(
+        f"corrections right: {learnt['before']} before, {learnt['after']} after, of {learnt['rows']}; golden set: "
+        f"{len(verdict.golden.broken)} of {verdict.golden.rows} broken, {len(verdict.golden.mended)} mended, "
+        f"{len(verdict.golden.wrong_before_and_after)} wrong before and after",
+        highlight=False,
+    )
+    verdict.raise_if_refused()
+    calibration = calibrate([after[row.id] for row in prepared.calibration])
+    return revision.write_revision(
+        new,
+        plan.output / "revision",
+        card=_card(plan, prepared, new, list(summaries.values()), verdict, calibration, learnt),
+        lineage=_lineage(plan, prepared, facts, verdict, learnt),
+        calibration={**calibration, "revision": facts.revision},
+        results={_stem(path): summary for path, summary in summaries.items()},
+    )
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _summary(
+    plan: Plan, path: Path, rows: Sequence[Row], said: Mapping[str, Outcome], facts: ModelFacts
+) -> dict[str, Any]:
+    figures = summarise([said[row.id] for row in rows], model=facts.name, revision=facts.revision)
+    return {"data": path.name, "limit": plan.limit, **figures}
+
+
+def _report(plan: Plan, before: Sequence[Outcome], after: Sequence[Outcome]) -> None:
+    named = {f"{name} {group[0].revision}": list(group) for name, group in (("new", after), ("current", before))}
+    ours, theirs = named
+    summaries = {
+        name: {**summarise(group, model=name, revision=group[0].revision), "benchmarks": None}
+        for name, group in named.items()
+    }
+    compared = {"ours": ours, "theirs": theirs, **compare(after, before)}
+    facts = [("Data", ", ".join(path.name for path in plan.evaluation)), ("Made", plan.made)]
+    write_report(
+        plan.output / "report.html",
+        render(summaries, named, facts=facts, mode="strict", compared=compared, skipped=""),
+    )
+
+
+def _lineage(
+    plan: Plan, prepared: Prepared, facts: ModelFacts, verdict: gate.Verdict, learnt: Mapping[str, int]
+) -> dict[str, Any]:
+    base = resolve(plan.model).facts
+    sources = Counter(row.source for row in prepared.lessons)
+    return revision.lineage(
+        facts=facts,
+        base={"name": base.name, "revision": base.revision},
+        data=[revision.data_file(role, path) for role, path in plan.files()],
+        recipe={"sft": _nameless(asdict(plan.sft)), "rl": _nameless(asdict(plan.rl)) if plan.rl else None},
+        made=plan.made,
+        lessons={
+            "file": revision.data_file("lessons", plan.output / LESSONS),
+            "sources": dict(sorted(sources.items())),
+            "replay_share": plan.replay_share,
+            "rationales": dict(sorted(prepared.origins.items())),
+            "reviewers": prepared.reviewers,
+        },
+        gate=verdict.to_json(),
+        corrections=dict(learnt),
+    )
+
+
+def _nameless(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without the places of files on this machine."""
+    return {name: value for name, value in recipe.items() if name not in ("model", "architecture")}
+
+
+def _card(
+    plan: Plan,
+    prepared: Prepared,
+    new: Path,
+    summaries: Sequence[Mapping[str, Any]],
+    verdict: gate.Verdict,
+    calibration: Mapping[str, Any],
+    learnt: Mapping[str, int],
+) -> str:
+    weights = resolve(plan.model)
+    sources = [
+        SourceFacts(
+            one.source, one.rows, one.harmful, one.licences or (("the operator's own",) * (one.source == SOURCE))
+        )
+        for one in count_sources(prepared.lessons)
+    ]
+    steps = "reasoning SFT" + (" and online RL" if plan.rl else "")
+    text = (
+        f"`guard-train update` ({steps}) from revision `{weights.facts.revision}` of {weights.facts.name}, whose card "
+        f"says what it was made of. Digests of all files, versions and the commit: `{revision.LINEAGE}`."
+    )
+    note = (
+        f"Corrections of operators and a replay share of older training rows. Of {learnt['rows']} corrections, "
+        f"{learnt['before']} were right before and {learnt['after']} are after (they were trained on)."
+    )
+    return write_card(
+        new,
+        licence=plan.licence or licence_of(weights.folder) or "other",
+        sources=sources,
+        recipe=Recipe(text, _nameless(asdict(plan.sft))),
+        summaries=summaries,
+        base=weights.facts.name,
+        data_note=note,
+        changes=[gate.sheet(verdict)],
+        calibration=calibration,
+        limits=plan.limits,
+    )
+
+
+# -- the real ways of training and asking
+
+
+def trainer(console: Console, launch: Sequence[str] = LAUNCH, *, cpu: bool = False) -> Train:
+    """Each stage in a process of its own, whose bar and words go to this terminal. ``launch`` starts guard-train."""
+
+    def start(*arguments: str) -> None:
+        done = subprocess.run([*launch, *arguments, *(["--cpu"] if cpu else [])], check=False)  # noqa: S603
+        if done.returncode == 130:
+            raise KeyboardInterrupt
+        if done.returncode:
+            raise UpdateError(f"training stopped (exit {done.returncode}); see above, the same command goes on")
+
+    def train(plan: Plan) -> Path:
+        start("update", "--stage", str(plan.output))
+        made = plan.output / "sft" / "model"
+        if plan.rl is None:
+            return made
+        console.print("online RL", highlight=False)
+        recipe = plan.output / "rl.yaml"
+        # JSON is YAML
+        write_whole(recipe, json.dumps(asdict(plan.rl), indent=1).encode())
+        rows = ["--rows", str(plan.output / "rl.jsonl"), "--recipe", str(recipe)]
+        write_rl_rows(plan.output)
+        start("grpo", *rows, "--model", str(made), "--output", str(plan.output / "rl"))
+        return plan.output / "rl" / "model"
+
+    return train
+
+
+def write_rl_rows(folder: Path) -> None:
+    """The lessons of one turn as rows for ``guard-train grpo``, which knows no others."""
+    lessons = [row for row in read_lessons(folder / LESSONS, Skipped()) if not getattr(row, "messages", "")]
+    lines = [json.dumps(row_to_json(bring_image(row, folder), folder), ensure_ascii=False) for row in lessons]
+    write_whole(folder / "rl.jsonl", "".join(line + "\n" for line in lines).encode())
+
+
+def measurer(console: Console, concurrency: int) -> Measure:
+    def ask(rows: Sequence[Row], model: str, journal: Path) -> list[Outcome]:
+        return measure(rows, model, concurrency=concurrency, console=console, journal=journal)
+
+    return ask
+
+
+def asker(console: Console, concurrency: int) -> Callable[[Sequence[Row], str, Path], Mapping[str, Said]]:
+    """Verdicts with their reasoning; each is written down as it comes and not asked for again."""
+
+    def ask(rows: Sequence[Row], model: str, journal: Path) -> dict[str, Said]:
+        with Journal(journal) as book:
+            due = [row for row in rows if row.id not in book.done]
+            if due:
+                with Progress(console=console) as progress, worker(model) as socket:
+
+                    def done(one: Asked) -> None:
+                        answer = one.outcome
+                        said = None
+                        if isinstance(answer, Verdict):
+                            said = asdict(Said(answer.request, answer.response, answer.reasoning))
+                        book.append({"id": one.row.id, "verdict": said})
+
+                    try:
+                        asyncio.run(ask_all(due, socket, concurrency=concurrency, progress=progress, done=done))
+                    except* httpx.TransportError:
+                        raise UpdateError(f"the worker went away; the same command goes on from {journal}") from None
+            return {line["id"]: Said(**line["verdict"]) for line in book if line["verdict"]}
+
+    return ask

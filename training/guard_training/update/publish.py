@@ -1,0 +1,123 @@
+"""What ``guard-train publish`` does with a folder: make a revision of a bare guard, check one, copy it, push it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guard_middleware.worker.weights import ModelFacts
+from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.evaluation.measure import sample, usable
+from guard_training.nano.bank import default_bank, read_bank
+from guard_training.update import revision
+from guard_training.update.calibration import calibrate
+from guard_training.update.card import Recipe, count_sources, licence_of, write_card
+from guard_training.update.pipeline import Measure
+
+
+class PublishError(ValueError):
+    """A folder that cannot be published as asked; the message says what to give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """What a revision is made of beside the weights. ``calibration`` are rows that the guard was not trained on."""
+
+    guard: Path
+    results: tuple[Path, ...]
+    made: str
+    licence: str | None = None
+    recipe: Path | None = None
+    data: tuple[Path, ...] = ()
+    bank: bool = False
+    calibration: Path | None = None
+    limits: str | None = None
+
+
+def make(making: Making, target: Path, skipped: Skipped, measure: Measure) -> ModelFacts:
+    """Makes the revision ``target`` of a bare guard's folder. Raises ``RevisionError``,
+    ``PublishError``, ``CardError``."""
+    facts = revision.check_loads(making.guard)
+    summaries = {path.stem: _summary(path) for path in making.results}
+    if len(summaries) < len(making.results):
+        raise PublishError("two files of results have one name; rename one")
+    rows = [row for path in making.data for row in read_good_rows(path, skipped)]
+    rows += read_bank(default_bank()) if making.bank else []
+    constants = _constants(making.recipe)
+    calibration = _calibration(making, facts, rows, skipped, measure) if making.calibration else None
+    card = write_card(
+        making.guard,
+        licence=making.licence or licence_of(making.guard) or "other",
+        sources=count_sources(rows),
+        recipe=Recipe(_recipe_text(making.recipe), constants),
+        summaries=list(summaries.values()),
+        calibration=calibration,
+        limits=making.limits,
+    )
+    files = [revision.data_file("training", path) for path in making.data]
+    files += [revision.data_file("results", path) for path in making.results]
+    files += [revision.data_file("calibration", making.calibration)] if making.calibration else []
+    revision.write_revision(
+        making.guard,
+        target,
+        card=card,
+        lineage=revision.lineage(facts=facts, base=None, data=files, recipe=constants or None, made=making.made),
+        calibration=calibration,
+        results=summaries,
+    )
+    return facts
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        value["sources"], value["revision"]
+    except (ValueError, KeyError, TypeError):
+        raise PublishError(f"{path}: no results of `guard-train evaluate --json`") from None
+    return value
+
+
+def _constants(recipe: Path | None) -> dict[str, Any]:
+    if recipe is None:
+        return {}
+    value = yaml.safe_load(recipe.read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise PublishError(f"{recipe}: a recipe is a mapping of names to constants")
+    return value
+
+
+def _recipe_text(recipe: Path | None) -> str:
+    return f"`{recipe.name}`:" if recipe else "Not stated."
+
+
+def _calibration(
+    making: Making, facts: ModelFacts, rows: Sequence[Row], skipped: Skipped, measure: Measure
+) -> Mapping[str, Any]:
+    assert making.calibration is not None
+    trained = {row.id for row in rows}
+    found = usable(read_good_rows(making.calibration, skipped), skipped)
+    kept = sample([row for row in found if row.id not in trained], limit=200)
+    if not kept:
+        raise PublishError(f"{making.calibration}: no usable row that is not among --data")
+    journal = making.calibration.with_name(f"{making.calibration.name}.{facts.revision}.journal")
+    outcomes = measure(kept, str(making.guard), journal)
+    journal.unlink(missing_ok=True)
+    return {**calibrate(outcomes), "revision": facts.revision}
+
+
+def copy(folder: Path, target: Path) -> None:
+    """Copies a revision, whole or not at all, and checks the copy."""
+    if target.exists():
+        raise PublishError(f"{target} exists; delete it or give another folder")
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, part)
+    revision.check_sums(part)
+    part.rename(target)

@@ -1,0 +1,80 @@
+"""Reasoning SFT on lessons: ``tuning.sft`` with conversations of several turns.
+
+A stage of an update, in a process of its own: a GPU's memory does not outlive it, and ``--launch`` can give it many.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+
+from guard_middleware.guard.prompt import Encoded, render
+from guard_training.corpus.rows import Row, Skipped
+from guard_training.nano.drawn import DrawnText, Read
+from guard_training.rowfile import digest, write_whole
+from guard_training.tuning import sft
+from guard_training.tuning.contract import Contract, load_contract, load_model
+from guard_training.tuning.run import Bar, Meter, last_checkpoint, save_guard
+from guard_training.tuning.settings import SftSettings, settings
+from guard_training.update.corrections import whole
+from guard_training.update.lessons import read_lessons
+
+RECIPE, LESSONS, RUN = "sft.json", "lessons.jsonl", "sft"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatContract(Contract):
+    """The guard's contract for rows that may have several turns."""
+
+    def encode(self, row: Row, drawn_text: Sequence[str] = ()) -> Encoded:
+        return self.encoder.encode(render(whole(row), drawn_text))
+
+
+def chat_contract(model: str, *, max_pixels: int | None) -> ChatContract:
+    """Raises ``ContractError``."""
+    found = load_contract(model, max_pixels=max_pixels)
+    return ChatContract(**{field.name: getattr(found, field.name) for field in fields(Contract)})
+
+
+def write_stage(folder: Path, recipe: SftSettings) -> None:
+    """Notes the recipe beside the lessons."""
+    write_whole(folder / RECIPE, json.dumps(asdict(recipe), indent=1).encode())
+
+
+def read_stage(folder: Path) -> SftSettings:
+    value: dict[str, Any] = json.loads((folder / RECIPE).read_text("utf-8"))
+    return settings(SftSettings, value, RECIPE)
+
+
+def train_lessons(folder: Path, *, console: Console, read: Read | None = None, cpu: bool = False) -> Path:
+    """Trains on ``folder/lessons.jsonl`` by ``folder/sft.json``; goes on from the last checkpoint of a stopped run.
+
+    Returns ``folder/sft/model``. ``read`` reads an image's bytes, for a recipe with ``reader``.
+    """
+    recipe, lessons, run = read_stage(folder), folder / LESSONS, folder / RUN
+    sft.begin_once(run, {"data": digest(lessons), **asdict(recipe)})
+    made, checkpoints = run / "model", run / "checkpoints"
+    if (made / "guard.json").is_file():
+        return made
+    skipped = Skipped()
+    contract = chat_contract(recipe.model, max_pixels=recipe.max_pixels)
+    # what the main process has read stands in the file when the others come
+    with PartialState(cpu=cpu).main_process_first():
+        reader = DrawnText(folder / "drawn.jsonl", read) if recipe.reader and read else None
+        examples = sft.encode_rows(contract, read_lessons(lessons, skipped), recipe.cutoff, skipped, reader)
+    args = sft.arguments(recipe, checkpoints, cpu=cpu)
+    trainer = sft.build(recipe, contract, examples, args, model=load_model(contract.folder))
+    meter, last = Meter(), last_checkpoint(checkpoints)
+    trainer.add_callback(meter)
+    with Bar().over(trainer):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    console.print(f"{len(examples)} lessons; {meter.summary()}", highlight=False)
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False, highlight=False)
+    return save_guard(trainer, contract, made)
