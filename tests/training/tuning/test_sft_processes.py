@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,8 @@ def test_two_processes_train_what_one_trains(folder: Path, data: Path, tmp_path:
         assert torch.allclose(left[name], right[name], atol=5e-4), name
 
 
-def _losses(output: Path) -> list[float]:
-    state = json.loads((output / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
+def _losses(output: Path, step: int = 2) -> list[float]:
+    state = json.loads((output / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
@@ -132,3 +133,27 @@ def test_a_sharded_tower_does_not_wait_for_a_rank_without_images(folder: Path, d
     except subprocess.TimeoutExpired:
         return
     assert broken.returncode != 0
+
+
+def test_a_run_killed_for_good_goes_on_with_the_same_losses(folder: Path, data: Path, tmp_path: Path) -> None:
+    value = yaml.safe_load(Path("training/recipes/sft-nano.yaml").read_text())
+    value |= dict(model=str(folder), reader=False, epochs=20, global_batch=4, batch_per_device=4, save_every=1,
+                  cutoff=900, max_pixels=None, log_every=1, keep_checkpoints=3)  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(value))
+    (tmp_path / "command.py").write_text(COMMAND)
+    command = [sys.executable, str(tmp_path / "command.py"), "sft", "--recipe", str(tmp_path / "tiny.yaml"), "--data",
+               str(data), "--cpu", "--output"]  # fmt: skip
+    run = subprocess.Popen([*command, str(tmp_path / "cut")], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    end = time.monotonic() + SECONDS
+    while not (checkpoints / "checkpoint-3" / "trainer_state.json").is_file():
+        assert run.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    run.kill()
+    run.wait()
+    for output in ("cut", "whole"):
+        subprocess.run([*command, str(tmp_path / output)], env=ENVIRONMENT, timeout=SECONDS, check=True)
+    cut, whole = (_losses(tmp_path / output, 40) for output in ("cut", "whole"))
+    assert len(whole) == 40
+    assert cut == pytest.approx(whole, rel=1e-4)

@@ -244,9 +244,9 @@ def train(
     with PartialState().main_process_first():
         reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
         examples = encode_rows(contract, rows, recipe.cutoff, skipped, reader)
-    trainer = build(
-        recipe, contract, examples, arguments(recipe, checkpoints, cpu=cpu), model=load_model(contract.folder)
-    )
+    # before the weights: ZeRO-3 shards them while they load, and learns that it is on from the arguments
+    args = arguments(recipe, checkpoints, cpu=cpu)
+    trainer = build(recipe, contract, examples, args, model=load_model(contract.folder))
     meter = Meter()
     trainer.add_callback(meter)
     if steps is not None:
