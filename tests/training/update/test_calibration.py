@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from guard_training.evaluation.outcomes import Outcome
+from guard_training.update.calibration import LEAST, calibrate, scaled, temperature
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
+def test_the_temperature_is_found_that_the_scores_were_made_with(true: float) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 20_000)
+    harmful = rng.random(20_000) < 1 / (1 + np.exp(-logits))
+    scores = 1 / (1 + np.exp(-logits * true))
+    assert temperature(harmful.tolist(), scores.tolist()) == pytest.approx(true, rel=0.1)
+
+
+def test_scaling_keeps_the_order_and_the_ends() -> None:
+    scores = np.array([0.0, 0.1, 0.5, 0.9, 1.0])
+    for one in (0.1, 1.0, 9.0):
+        found = scaled(scores, one)
+        assert (np.diff(found) > 0).all()
+        assert found[2] == pytest.approx(0.5)
+        assert ((found >= 0) & (found <= 1)).all()
+
+
+def _outcomes(count: int, scores: list[float]) -> list[Outcome]:
+    return [
+        Outcome(f"{n}", "s", "text", "harmful" if n % 2 else "unharmful", None, request_score=scores[n % len(scores)])
+        for n in range(count)
+    ]
+
+
+def test_overconfident_scores_come_out_better_calibrated() -> None:
+    # right in 3 of 4 cases, and sure of itself in all
+    scores = [0.01, 0.99, 0.01, 0.99, 0.99, 0.01, 0.01, 0.99]
+    found = calibrate(_outcomes(400, scores))
+    assert found["method"] == "temperature"
+    assert found["response"] is None
+    request = found["request"]
+    assert request["temperature"] > 2
+    assert request["rows"] == 400
+    assert request["harmful"] == 200
+    before, after = request["calibration_error"]
+    assert after < before - 0.1
+    assert request["brier"][1] < request["brier"][0]
+
+
+@pytest.mark.parametrize(
+    ("count", "scores"), [(2 * LEAST - 2, [0.1, 0.9]), (100, [0.5]), (0, [0.5])], ids=["few", "equal", "none"]
+)
+def test_without_rows_or_spread_nothing_is_claimed(count: int, scores: list[float]) -> None:
+    assert calibrate(_outcomes(count, scores))["request"] is None
