@@ -82,7 +82,7 @@ def test_a_real_teachers_rationale_is_wrapped_and_checked(tmp_path: Path) -> Non
 def test_sources_weigh_by_the_root_of_their_size_within_a_label() -> None:
     weights = balance(["a"] * 4 + ["b", "c"], [True] * 5 + [False], {"b": 2.0})
     assert sum(weights[:5]) == pytest.approx(0.5)
-    assert sum(weights[:4]) == pytest.approx(2 * weights[4])
+    assert sum(weights[:4]) == pytest.approx(weights[4])  # twice as much for its size, half as much for its share
     assert weights[5] == pytest.approx(0.5)
 
 

@@ -270,9 +270,8 @@ def test_a_soft_label_draws_the_decision_towards_its_odds(tokenizer, recipe: Rec
 
 
 def test_a_meaning_pulls_the_mapped_state_to_it(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    trainer = _trainer(
-        tokenizer, recipe, tmp_path, _distilled(_examples(tokenizer, recipe, tmp_path)), draws=0, meanings=MEANINGS
-    )
+    examples = [e for e in _distilled(_examples(tokenizer, recipe, tmp_path)) if e.meaning is not None]
+    trainer = _trainer(tokenizer, recipe, tmp_path, examples * 2, draws=0, meanings=MEANINGS)
     trainer.train()
     seen = trainer._metrics["train"]["embedding_distance"] or [
         entry["embedding_distance"] for entry in trainer.state.log_history if "embedding_distance" in entry

@@ -122,4 +122,5 @@ def start_attention(model: Qwen2_5_VLForConditionalGeneration) -> None:
             layer.self_attn.v_proj.weight[copied, number * width + copied] += 1.0
             for query in range(config.num_attention_heads):
                 from_, to = query * head, number * width + (query // shared) * head
-                layer.self_attn.o_proj.weight[to : to + head, from_ : from_ + head] += torch.eye(head) / shared
+                # Weakly, or the first share would dwarf the second in the next layer's norm.
+                layer.self_attn.o_proj.weight[to : to + head, from_ : from_ + head] += 0.1 * torch.eye(head) / shared

@@ -163,14 +163,17 @@ class GuardSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, vocabulary: Vocabulary, meanings: Meanings | None = None, **kwargs: Any):
         self.meanings = meanings
-        self.map: torch.nn.Linear | None = None
+        self.map: torch.nn.Sequential | None = None
         super().__init__(*args, **kwargs)
         self._vocabulary = vocabulary
         self._opening = torch.tensor([list(vocabulary.opening)])
         self._decisions = torch.tensor(list(vocabulary.decisions))
         if meanings is not None:
             width = self.model.get_input_embeddings().weight.shape[1]
-            self.map = torch.nn.Linear(width, meanings.table.shape[1])
+            # Most of the state is the same in every row; without its mean taken out, the map learns that alone.
+            self.map = torch.nn.Sequential(
+                torch.nn.BatchNorm1d(width, affine=False), torch.nn.Linear(width, meanings.table.shape[1])
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -211,7 +214,7 @@ class GuardSFTTrainer(SFTTrainer):
             if len(right):
                 found["decision_accuracy"] = right.float().mean()
         known = inputs["meaning"] >= 0
-        if self.map is not None and self.meanings is not None and bool(known.any()):
+        if self.map is not None and self.meanings is not None and int(known.sum()) > 1:  # one row has no variance
             first = torch.isin(labels, self._decisions).int().argmax(1)
             made = self.map(hidden[torch.arange(len(hidden)), first][known])
             meant = self.meanings.table[inputs["meaning"][known]].float()

@@ -1,0 +1,54 @@
+"""The bank of prompts, and the other texts that nano learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guard_training.corpus.rows import CorpusError, held_out
+from guard_training.nano.bank import default_bank, pair_of, read_bank
+from guard_training.nano.wordnet import WordNetMissing, definitions
+
+
+def test_prompts_and_pairs_become_rows_of_their_files_kind(tmp_path: Path) -> None:
+    (tmp_path / "benign_work_2.yaml").write_text("baking:\n  - How long does bread rise?\n")
+    (tmp_path / "contrast_a.yaml").write_text("locks:\n  - {harmful: pick their lock, unharmful: pick my lock}\n")
+    rows = read_bank(tmp_path)
+    assert [(row.id, row.source, row.request) for row in rows] == [
+        ("benign_work_2/baking/0", "bank_benign_work", "unharmful"),
+        ("contrast_a/locks/0/harmful", "bank_contrast", "harmful"),
+        ("contrast_a/locks/0/unharmful", "bank_contrast", "unharmful"),
+    ]
+    assert pair_of(rows[1].id) == pair_of(rows[2].id)
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "topic:\n  - 3\n", "topic:\n  - {harmful: x}\n"])
+def test_any_other_shape_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "contrast_a.yaml").write_text(text)
+    with pytest.raises(CorpusError, match=r"contrast_a\.yaml"):
+        read_bank(tmp_path)
+
+
+def test_the_projects_own_bank_has_both_labels_and_no_text_twice() -> None:
+    rows = read_bank(default_bank())
+    texts = [row.prompt.lower().strip() for row in rows]
+    assert len(set(texts)) == len(texts)
+    assert len({row.id for row in rows}) == len(rows)
+    pairs = [row for row in rows if row.source == "bank_contrast"]
+    assert sum(row.request == "harmful" for row in pairs) * 2 == len(pairs)
+    assert all(held_out(pair_of(row.id), 0.0) is False for row in rows)
+
+
+def test_definitions_are_read_in_a_fixed_order_half_of_them_with_their_word(tmp_path: Path) -> None:
+    for name in ("data.noun", "data.verb", "data.adj", "data.adv"):
+        (tmp_path / name).write_text(
+            '  a licence line\n00001740 03 n 01 pick_lock 0 000 | a tool; "he used it"\n', encoding="latin-1"
+        )
+    texts = definitions(tmp_path)
+    assert texts == ['a tool; "he used it"', 'pick lock: a tool; "he used it"'] * 2
+
+
+def test_a_missing_file_of_wordnet_names_its_package(tmp_path: Path) -> None:
+    with pytest.raises(WordNetMissing, match="wordnet-base"):
+        definitions(tmp_path)
