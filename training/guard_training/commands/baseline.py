@@ -32,6 +32,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--output", type=Path, required=True, metavar="FILE", help="its answers, .jsonl")
     arg("--against", type=Path, nargs="+", default=[], metavar="FILE", help="further sets whose rows are left out")
     arg("--recipe", type=Path, metavar="FILE", help="nano's recipe, for seed and held-out rows (default: nano's own)")
+    arg("--threshold", type=float, metavar="X", help="of the request (default: by the rule of nano's operating point)")
     arg("--read-images", action="store_true", help="read the words drawn in images")
     baseline.set_defaults(run=run)
 
@@ -66,7 +67,7 @@ def run(given: argparse.Namespace) -> None:
         pictured = [row for row in asked if row.image]
         drawn = {row.id: read(row.image.read_bytes()) for row in track(pictured, "reading images") if row.image}
     with console.status(f"fitting {len(rows.prompts)} requests and {len(rows.pairs)} answers"):
-        baseline = train(rows, recipe)
+        baseline = train(rows, recipe, given.threshold)
     lines = [json.dumps(line) + "\n" for line in predict(baseline, asked, drawn)]
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(given.output, "".join(lines).encode())

@@ -54,13 +54,15 @@ def training_rows(files: Sequence[Path], recipe: Recipe, against: Sequence[Path]
     return load_rows(Path(), replace(recipe, files=[str(path.resolve()) for path in files]), against)
 
 
-def train(rows: Rows, recipe: Recipe) -> Baseline:
-    """Raises ``BaselineError`` where a label is missing or scikit-learn is not installed."""
+def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baseline:
+    """``threshold`` of the request; None is as nano's operating point. Raises ``BaselineError`` where a label is missing or scikit-learn is not installed."""
     request = _fit([(row.prompt, row.source, row.request == "harmful") for row in rows.prompts])
     pairs = [(row.response or "", row.source, row.response_label == "harmful") for row in rows.pairs]
     response = _fit(pairs) if len({harmful for _, _, harmful in pairs}) == 2 else None
-    benign = [row.prompt for row in rows.held_out if row.source.startswith("bank_") and row.request == "unharmful"]
-    return Baseline(replace(request, threshold=_threshold(request, benign, recipe.false_positives)), response)
+    if threshold is None:
+        benign = [row.prompt for row in rows.held_out if row.source.startswith("bank_") and row.request == "unharmful"]
+        threshold = _threshold(request, benign, recipe.false_positives)
+    return Baseline(replace(request, threshold=threshold), response)
 
 
 def _fit(cases: Sequence[tuple[str, str, bool]]) -> Side:
@@ -90,7 +92,8 @@ def _threshold(side: Side, benign: Sequence[str], rate: float) -> float:
     """As nano's operating point: never below one half, since a margin is only ever lowered."""
     if not benign:
         return 0.5
-    return max(0.5, float(np.quantile(side.scores(benign), 1 - rate)))
+    # above it, not from it on: many short prompts can have the same score
+    return max(0.5, float(np.nextafter(np.quantile(side.scores(benign), 1 - rate), 1)))
 
 
 def predict(baseline: Baseline, rows: Sequence[Row], drawn: Mapping[str, str]) -> Iterable[dict[str, Any]]:
