@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -397,8 +398,7 @@ def trainer(console: Console, launch: Sequence[str] = LAUNCH, *, cpu: bool = Fal
             return made
         console.print("online RL", highlight=False)
         recipe = plan.output / "rl.yaml"
-        # JSON is YAML
-        write_whole(recipe, json.dumps(asdict(plan.rl), indent=1).encode())
+        write_whole(recipe, yaml.safe_dump(asdict(plan.rl), sort_keys=False).encode())
         rows = ["--rows", str(plan.output / "rl.jsonl"), "--recipe", str(recipe)]
         write_rl_rows(plan.output)
         start("grpo", *rows, "--model", str(made), "--output", str(plan.output / "rl"))

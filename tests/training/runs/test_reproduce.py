@@ -1,0 +1,112 @@
+"""``training/runs/reproduce.sh`` with a stand-in for guard-train: its order, its resume, and that the CLI takes it."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path("training/runs/reproduce.sh")
+STEPS = ["nano", "baseline", "evaluate", "reject", "augment", "grpo", "evaluate", "publish"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"id": f"r{n}", "source": "made", "prompt": "x", "image": "a.png" if n == 3 else None} for n in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    for name in ("train", "train_benign_extra", "dev"):
+        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text))
+    return folder
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """Writes its arguments down, a line each; fails where the file ``fail`` names its command."""
+    script = tmp_path / "guard-train"
+    script.write_text(
+        f'#!/bin/sh\nfor a in "$@"; do printf "%s\\t" "$a"; done >> {tmp_path}/log; echo >> {tmp_path}/log\n'
+        f'grep -q "^$1$" {tmp_path}/fail 2>/dev/null && exit 1\nexit 0\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def reproduce(tmp_path: Path, data: Path, stand_in: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPT, data, tmp_path / "out"],
+        env={"PATH": "/usr/bin:/bin", "GUARD_TRAIN": str(stand_in), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def commands(tmp_path: Path) -> list[list[str]]:
+    return [line.rstrip("\t").split("\t") for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(exit_on_error=False)
+    parts = made.add_subparsers()
+    for name in sorted(set(STEPS)):
+        importlib.import_module(f"guard_training.commands.{name}").add(parts)
+    return made
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"LIMIT": "5", "RL_SET": "epochs=2 seed=3", "WORDNET": "/w", "RECIPE": "tiny.yaml"}]
+)
+def test_every_command_is_one_that_the_command_line_takes(
+    tmp_path: Path, data: Path, stand_in: Path, environment: dict[str, str]
+) -> None:
+    done = reproduce(tmp_path, data, stand_in, **environment)
+    assert done.returncode == 0, done.stderr
+    given = commands(tmp_path)
+    assert [one[0] for one in given] == STEPS
+    parsed = [parser().parse_args(one) for one in given]
+    assert parsed[0].recipe.resolve() == Path(environment.get("RECIPE", "training/recipes/nano.yaml")).resolve()
+    assert parsed[2].limit == (5 if environment else None)
+    assert parsed[5].set == (["epochs=2", "seed=3"] if environment else [])
+    assert parsed[6].against == parsed[2].outcomes
+    assert parsed[7].results == [parsed[6].json]
+    for step in ("R-SFT", "RL", "revision", "all"):
+        assert f"== {step}: " in done.stdout
+
+
+def test_what_is_done_is_not_done_again_and_a_failure_stops(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    (tmp_path / "fail").write_text("augment\n")
+    assert reproduce(tmp_path, data, stand_in).returncode == 1
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:5]
+    (tmp_path / "fail").unlink()
+    again = reproduce(tmp_path, data, stand_in)
+    assert again.returncode == 0
+    assert "== R-SFT: done before" in again.stdout
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:5] + STEPS[4:]
+
+
+def test_a_revision_that_is_there_is_checked_and_not_made_again(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    (tmp_path / "out" / "revision").mkdir(parents=True)
+    assert reproduce(tmp_path, data, stand_in).returncode == 0
+    assert commands(tmp_path)[-1] == ["publish", str(tmp_path / "out" / "revision")]
+
+
+def test_rl_looks_at_every_nth_row_of_text(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    reproduce(tmp_path, data, stand_in, RL_EVERY="10")
+    kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
+    assert kept == ["r0", "r11", "r21", "r31"]
+    assert not (tmp_path / "out" / "candidates.jsonl.part").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["nowhere", "out"]])
+def test_without_data_it_says_how_it_is_used(arguments: list[str]) -> None:
+    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "training/runs/reproduce.sh DATA OUT" in done.stderr
+    assert "RL_KEEP" in done.stderr

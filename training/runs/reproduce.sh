@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# nano from data to R-SFT to RL to report, in one command:
+#
+#   training/runs/reproduce.sh DATA OUT
+#
+# DATA holds train.jsonl.gz, train_benign_extra.jsonl.gz and dev.jsonl.gz (labelled rows; see `guard-train evaluate
+# --help`). What is finished in OUT is not done again, and what was stopped goes on, so give the same command again
+# after a stop. Two CPU cores and 4 GiB of memory; a few hours. The end is OUT/report.html and OUT/revision.
+#
+# From the environment, where another value is wanted:
+#   GUARD_TRAIN  how guard-train is started          (guard-train)
+#   RECIPE       nano's recipe                       (training/recipes/nano.yaml)
+#   DEV          the rows to measure on              (DATA/dev.jsonl.gz)
+#   LIMIT        rows of a source to measure on      (all)
+#   RL_EVERY     RL looks at every n-th training row (8)
+#   RL_ROWS      rows of RL                          (2000)
+#   RL_KEEP      wrong samples of four that make a row hard enough: the paper's is 4 (1..4)
+#   RL_RECIPE    recipe of RL                        (grpo-nano)
+#   RL_SET       constants of it, key=value ...      (none)
+#   WORDNET      folder of WordNet's data files      (that of Debian's wordnet-base)
+set -euo pipefail
+
+if [[ $# -ne 2 || ! -d ${1:-} ]]; then
+  sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+DATA=$1 OUT=$2
+mkdir -p "$OUT/done"
+read -ra TRAIN <<<"${GUARD_TRAIN:-guard-train}"
+DEV=${DEV:-$DATA/dev.jsonl.gz}
+read -ra RL_SETS <<<"${RL_SET:-}"
+limit=(${LIMIT:+--limit "$LIMIT"})
+RECIPE=${RECIPE:-$(dirname "${BASH_SOURCE[0]}")/../recipes/nano.yaml}
+wordnet=(${WORDNET:+--wordnet "$WORDNET"})
+sets=()
+for one in ${RL_SETS[@]+"${RL_SETS[@]}"}; do sets+=(--set "$one"); done
+
+# step NAME COMMAND...: notes in OUT/done that the command has ended well, and then does not do it again.
+step() {
+  local name=$1 start=$SECONDS done=$OUT/done/${1// /-}
+  shift
+  if [[ -e $done ]]; then
+    echo "== $name: done before ($done)"
+    return
+  fi
+  echo "== $name: $*"
+  "$@"
+  touch "$done"
+  echo "== $name: $((SECONDS - start)) s"
+}
+
+# Every n-th row that is text alone: their images stay in DATA.
+candidates() {
+  gzip -dc "$DATA/train.jsonl.gz" | grep '"image": null' | awk -v n="${RL_EVERY:-8}" 'NR % n == 1 || n == 1' >"$1.part"
+  mv "$1.part" "$1"
+}
+
+# A stop between the making of the revision and the note of it leaves a whole one, which is checked.
+revision() {
+  if [[ -d $OUT/revision ]]; then
+    "${TRAIN[@]}" publish "$OUT/revision"
+  else
+    "${TRAIN[@]}" publish "$OUT/rl/model" --results "$OUT/rl.json" --output "$OUT/revision" --recipe "$RECIPE" \
+      --data "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz" --bank
+  fi
+}
+
+begun=$SECONDS
+step "R-SFT" \
+  "${TRAIN[@]}" nano --data "$DATA" --output "$OUT/nano" --against "$DEV" --recipe "$RECIPE" ${wordnet[@]+"${wordnet[@]}"}
+
+step "TF-IDF baseline" \
+  "${TRAIN[@]}" baseline --data "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz" --evaluate "$DEV" \
+  --output "$OUT/tfidf.jsonl" --recipe "$RECIPE"
+
+step "measuring after R-SFT" \
+  "${TRAIN[@]}" evaluate --data "$DEV" --model "$OUT/nano/model" --predictions "tfidf=$OUT/tfidf.jsonl" \
+  --outcomes "$OUT/sft.jsonl" --report "$OUT/sft.html" --json "$OUT/sft.json" ${limit[@]+"${limit[@]}"}
+
+step "rows for RL" candidates "$OUT/candidates.jsonl"
+
+step "rejection sampling" \
+  "${TRAIN[@]}" reject --rows "$OUT/candidates.jsonl" --model "$OUT/nano/model" --output "$OUT/hard.jsonl" \
+  --keep "${RL_KEEP:-1..4}" --max-rows "${RL_ROWS:-2000}" --json "$OUT/hard.json"
+
+step "concatenation" \
+  "${TRAIN[@]}" augment --rows "$OUT/hard.jsonl" --output "$OUT/rl.jsonl"
+
+step "RL" \
+  "${TRAIN[@]}" grpo --rows "$OUT/rl.jsonl" --model "$OUT/nano/model" --recipe "${RL_RECIPE:-grpo-nano}" \
+  --output "$OUT/rl" ${sets[@]+"${sets[@]}"}
+
+step "measuring after RL" \
+  "${TRAIN[@]}" evaluate --data "$DEV" --model "$OUT/rl/model" --against "$OUT/sft.jsonl" \
+  --predictions "tfidf=$OUT/tfidf.jsonl" --outcomes "$OUT/after-rl.jsonl" --report "$OUT/report.html" \
+  --json "$OUT/rl.json" ${limit[@]+"${limit[@]}"}
+
+step "revision" revision
+
+echo "== all: $((SECONDS - begun)) s; $OUT/report.html, $OUT/revision"
