@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 #: The sub-commands, in the order of the work: a module of ``guard_training.commands`` each.
 COMMANDS = (
-    "corpus", "synthesize", "sft", "reject", "augment", "grpo", "sweep", "evaluate", "robustness", "audit", "bias",
-    "generalise", "nano", "card",
+    "corpus", "synthesize", "sft", "reject", "augment", "grpo", "sweep", "evaluate", "baseline", "robustness", "audit",
+    "bias", "generalise", "update", "publish", "nano", "card",
 )  # fmt: skip
 
 
