@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -42,9 +43,10 @@ def last_checkpoint(folder: Path) -> str | None:
 def export(
     model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe
 ) -> Path:
-    """Weights (fp32), tokenizer, image processor and ``guard.json``, in ``folder``."""
+    """Weights (fp16, half the download; workers on a CPU compute in fp32), tokenizer, image processor and
+    ``guard.json``, in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     image_processor(shape(recipe)).save_pretrained(folder)
     area = 28 * 28
