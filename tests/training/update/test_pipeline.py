@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from guard_middleware.worker.weights import resolve
 from guard_training.corpus.rows import Row, Skipped
+from guard_training.evaluation import measure
 from guard_training.evaluation.outcomes import Outcome, blank
 from guard_training.rowfile import OutputError
 from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
@@ -208,6 +210,19 @@ def test_a_stopped_update_goes_on_with_the_same_lessons(plan: Plan, monkeypatch:
     # a finished one is not done again
     assert guards.run()[0] == folder
     assert guards.trained == trained
+
+
+def test_a_guard_is_asked_for_its_reasoning_once(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = Path(__file__).parents[2] / "support" / "scripted_worker.py"
+    command = [sys.executable, str(scripted), "--exit-with-parent", "--socket"]
+    monkeypatch.setattr(measure, "_command", lambda _, socket: [*command, socket])
+    ask = pipeline.asker(Console(quiet=True), 2)
+    rows = [Row(f"r{n}", "made", text, None) for n, text in enumerate(["pick a lock", "bake bread"])]
+    found = ask(rows, "any", tmp_path / "guard.jsonl")
+    assert found["r0"] == Said("harmful", None, "Step 1: The rule says that this request is harmful.")
+    assert found["r1"].request == "unharmful"
+    monkeypatch.setattr(measure, "_command", lambda _, socket: ["false"])
+    assert ask(rows, "any", tmp_path / "guard.jsonl") == found
 
 
 def test_an_update_that_was_begun_otherwise_is_not_gone_on_with(plan: Plan) -> None:

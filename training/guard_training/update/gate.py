@@ -63,7 +63,7 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """What the gate found; ``accepted`` is what decides."""
 
     margin: float
@@ -115,11 +115,11 @@ def judge(
     *,
     margin: float,
     allow_chance: bool = False,
-) -> Verdict:
+) -> Judgement:
     """Compares two guards on the same rows; raises ``ValueError`` where none is shared."""
     compared = compare(after, before)
     golden = weigh_golden(golden_before, golden_after)
-    return Verdict(margin, allow_chance, tuple(map(_change, compared["sources"])), golden)
+    return Judgement(margin, allow_chance, tuple(map(_change, compared["sources"])), golden)
 
 
 def _change(entry: Mapping[str, Any]) -> Change:
@@ -147,7 +147,7 @@ def _right(one: Outcome) -> bool:
     return all(one.called(side) == one.label(side) for side in SIDES if one.label(side) is not None)
 
 
-def sheet(verdict: Verdict) -> Sheet:
+def sheet(verdict: Judgement) -> Sheet:
     """The changes as a table."""
     lost = verdict.losses
     return Sheet(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from guard_middleware.guard.parse import TAGS, parse
 from guard_middleware.types import Label
-from guard_training.corpus.leakage import Fingerprints, Leak, Track, find_leaks
+from guard_training.corpus.leakage import Fingerprints, Leak, Track, find_leaks, words
 from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, read_good_rows, row_to_json
 from guard_training.nano.drawn import Read
 from guard_training.nano.lexicon import Lexicon, balance, word_lexicon
@@ -84,10 +84,11 @@ def replay(rows: Sequence[Row], corrected: Sequence[Row], count: int, seed: int)
 
     Rows held back for calibration and rows of a corrected content are not among them.
     """
-    known = {content_key(row) for row in corrected}
     usable = [row for row in rows if row.request and not held_out(row.id, HELD_BACK)]
+    # the key of a content reads its image, so it is only asked of rows with the prompt of a correction
+    known, prompts = {content_key(row) for row in corrected}, {words(row.prompt) for row in corrected}
     if known:
-        usable = [row for row in usable if content_key(row) not in known]
+        usable = [row for row in usable if words(row.prompt) not in prompts or content_key(row) not in known]
     rng = random.Random(seed)
     sides = [side for label in ("harmful", "unharmful") if (side := [row for row in usable if row.request == label])]
     chosen: list[Row] = []

@@ -185,7 +185,7 @@ def prepare(
         golden = good(read_good_rows(plan.golden, skipped))
         if not any(evaluation.values()) or not golden:
             raise UpdateError(f"no usable row in the evaluation files or in the golden set; {skipped.summary()}")
-        older = good([row for path in plan.replay for row in read_good_rows(path, skipped)])
+        older = _named_once([row for path in plan.replay for row in read_good_rows(path, skipped)])
         against = {path.name: rows for path, rows in evaluation.items()}
         against = {**against, f"the golden set {plan.golden.name}": golden}
         corrected = without_leaks([one.lesson for one in kept], against, skipped, fingerprints=prints, track=shown)
@@ -195,12 +195,15 @@ def prepare(
         # as many again as are wanted, since those that an evaluation set holds go out
         chosen = replay(older, corrected, 2 * count, plan.sft.seed)
         kept_back = held_back(older, _CALIBRATION_ROWS, plan.sft.seed)
-        clean = without_leaks([*chosen, *kept_back], against, skipped, fingerprints=prints, track=shown)
+        clean = without_leaks(good([*chosen, *kept_back]), against, skipped, fingerprints=prints, track=shown)
     ids = {row.id for row in clean}
     replayed = replay([row for row in chosen if row.id in ids], [], count, plan.sft.seed)
     if len(replayed) < count:
         console.print(f"only {len(replayed)} of {count} replay rows could be had", highlight=False)
-    lexicon = fit_lexicon([*older, *corrected]) if resolve(plan.model).facts.form == form() else None
+    lexicon = None
+    if resolve(plan.model).facts.form == form():
+        texts = [row for row in [*older, *corrected] if not row.image]
+        lexicon = fit_lexicon(without_leaks(texts, against, Skipped(), track=shown))
     drawn = DrawnText(plan.output / "drawn.jsonl", read) if read else None
     lessons, origins = with_rationales(
         [*corrected, *replayed],
@@ -225,6 +228,11 @@ def prepare(
         _askable(evaluation, plan.limit, skipped),
         usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped),
     )
+
+
+def _named_once(rows: Sequence[Row]) -> list[Row]:
+    """The first row of every id: the guard's answers are kept by id."""
+    return list({row.id: row for row in reversed(rows)}.values())[::-1]
 
 
 def _askable(files: Mapping[Path, Sequence[Row]], limit: int | None, skipped: Skipped) -> dict[Path, list[Row]]:
@@ -312,7 +320,7 @@ def _report(plan: Plan, before: Sequence[Outcome], after: Sequence[Outcome]) -> 
 
 
 def _lineage(
-    plan: Plan, prepared: Prepared, facts: ModelFacts, verdict: gate.Verdict, learnt: Mapping[str, int]
+    plan: Plan, prepared: Prepared, facts: ModelFacts, verdict: gate.Judgement, learnt: Mapping[str, int]
 ) -> dict[str, Any]:
     base = resolve(plan.model).facts
     sources = Counter(row.source for row in prepared.lessons)
@@ -344,7 +352,7 @@ def _card(
     prepared: Prepared,
     new: Path,
     summaries: Sequence[Mapping[str, Any]],
-    verdict: gate.Verdict,
+    verdict: gate.Judgement,
     calibration: Mapping[str, Any],
     learnt: Mapping[str, int],
 ) -> str:
