@@ -3,6 +3,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +79,22 @@ def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
     assert list((tmp_path / "out" / "runs").rglob("events.out.tfevents*"))
     _run("--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_rollout_of_both_modalities(recipe: Path, rows: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--no-python", str(Path(sys.executable).parent / "guard-train"), "grpo", "--rows", str(rows)]
+    command += ["--recipe", str(recipe), "--set", "batch_per_device=1", "--output", str(tmp_path / "out"), "--cpu"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "out" / "completions" / "step-000000.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert len({json.loads(line)["id"] for line in lines}) == 2
+    assert done.stdout.count("peak memory") == 1
+    assert (tmp_path / "out" / "model" / "guard.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["grpo-3b", "grpo-3b-eco", "grpo-7b"])

@@ -10,6 +10,7 @@ through the tower instead of 16, and a rollout keeps none on the device (512 x 1
 What is worked round in trl 1.16.0, each of which breaks mixed batches or hides a fault:
 - the chat template makes a control token of an ``<|im_end|>`` that a user typed: ``_tokenize_prompts``;
 - right padding by a processor that TRL did not load misaligns ``mm_token_type_ids`` (trl#5785): our own padding;
+- a text row is None to vLLM and an empty list to the processor: here None, and no processor of theirs;
 - an all-text micro-batch of a mixed rollout has zero rows of pixels, and ``torch.cat`` of none fails: ``looked_up``;
 - ``log_multimodal`` gathers on some ranks only (deadlock), and ``log_completions`` prints raw text: both off;
 - colocated vLLM expands image pads that are expanded already (trl#6294): one pad per image there;
@@ -105,10 +106,12 @@ class RowProcessor(ImageTextProcessor):
             "mm_token_type_ids": [[int(id == pad) for id in self._questions[k].ids] for k in keys],
         }
 
-    def tokenize(self, keys: Sequence[str]) -> tuple[list[list[int]], list[list[Image.Image]] | None, dict[str, Any]]:
-        """What TRL's ``_tokenize_prompts`` returns: ids, pictures (None where the whole batch has none), fields."""
+    def tokenize(
+        self, keys: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[Image.Image] | None] | None, dict[str, Any]]:
+        """What TRL's ``_tokenize_prompts`` returns: ids, pictures (None for a row or a batch without any), fields."""
         self.start(keys)
-        shown = [self._questions[key].pictures for key in keys]
+        shown = [self._questions[key].pictures or None for key in keys]
         return [self._questions[key].ids for key in keys], shown if any(shown) else None, self.fields(keys)
 
     def looked_up(self, features: Callable[..., Any]) -> Callable[..., Any]:
