@@ -1,0 +1,139 @@
+"""``guard-train tower``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from guard_training.nano.curriculum import Progressed
+    from guard_training.nano.reading import ReadingTower
+
+_ABOUT = """\
+Trains a vision tower that reads drawn text by itself: nano's vision architecture, taught by the renderer which glyph
+falls into which image token; single glyphs first, then strings, words and lines. Measured on texts and fonts that it
+never saw. A stopped run goes on with --resume. No weights are shipped: training/TOWER.md says what came of it.
+
+  guard-train tower --output out/tower --minutes 25
+  guard-train tower --output out/tower --resume
+  guard-train tower --output out/tower --resume --data dev.jsonl.gz --typographic out/held_out/held_out.jsonl
+
+With --data and --typographic, after training: the verdicts of --model on the pictures when it is given the tower's
+reading, RapidOCR's, and none. --data gives the rows of source figstep on its seven harmful topics.
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tower = commands.add_parser(
+        "tower",
+        help="train a vision tower that reads by itself",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = tower.add_argument
+    option("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
+    option("--resume", action="store_true", help="go on from the folder's checkpoint")
+    option("--minutes", type=float, metavar="N", help="end this call after N minutes of training, with a checkpoint")
+    option("--steps", type=int, metavar="N", help="length of the whole schedule (default 7000)")
+    option("--data", type=Path, metavar="FILE", help="labelled rows with FigStep's pictures")
+    option("--typographic", type=Path, metavar="FILE", help="held-out typographic rows, as `nano` writes them")
+    option("--model", default="nano", help="the guard that judges what was read (default nano)")
+    option("--limit", type=int, default=60, metavar="N", help="at most N pictures of each source (default 60)")
+    tower.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    from rich.progress import Progress
+
+    from guard_training.nano.bank import default_bank
+    from guard_training.nano.curriculum import TowerSettings, train_tower
+    from guard_training.nano.glyphs import bank_texts
+
+    settings = TowerSettings(**({"steps": given.steps} if given.steps else {}))
+    bank = default_bank()
+    with Progress() as progress:
+        task = progress.add_task("training the tower", total=settings.steps)
+
+        def tell(seen: Progressed, stage: str) -> None:
+            loss = sum(seen.losses[-20:]) / len(seen.losses[-20:])
+            progress.update(task, completed=seen.step, description=f"{stage}, loss {loss:.2f}")
+
+        tower, seen = train_tower(
+            given.output,
+            settings,
+            bank_texts(bank, held=False),
+            bank_texts(bank, held=True),
+            resume=given.resume,
+            minutes=given.minutes,
+            tell=tell,
+        )
+    (given.output / "curve.json").write_text(json.dumps(seen.curve, indent=1) + "\n", encoding="utf-8")
+    _curve(seen)
+    if seen.step < settings.steps:
+        print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
+    if given.data or given.typographic:
+        _verdicts(given, tower, seen.step)
+
+
+def _curve(seen: Progressed) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from guard_training.nano.glyphs import KINDS
+
+    table = Table("step", "stage", "images", "glyphs", "seconds", "loss", *KINDS, title="held-out character similarity")
+    for one in seen.curve:
+        facts = (one["step"], one["stage"], one["images"], one["glyphs"], one["seconds"], f"{one['loss']:.2f}")
+        table.add_row(*map(str, facts), *(f"{one['held_out'][kind]['similarity']:.3f}" for kind in KINDS))
+    Console(width=120).print(table)
+
+
+def _verdicts(given: argparse.Namespace, tower: ReadingTower, step: int) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from guard_middleware.guard.reader import Reader
+    from guard_middleware.worker.engine_transformers import TransformersEngine
+    from guard_middleware.worker.weights import resolve
+    from guard_training.corpus.rows import Skipped, read_good_rows
+    from guard_training.nano.drawn import Read
+    from guard_training.nano.reading import TowerReader
+    from guard_training.nano.unread import Timed, chosen, compare
+
+    skipped = Skipped()
+    figstep = [row for row in read_good_rows(given.data, skipped) if row.source == "figstep"] if given.data else []
+    typographic = read_good_rows(given.typographic, skipped) if given.typographic else []
+    rows = chosen([*figstep, *typographic], given.limit)
+    if not rows:
+        raise ValueError("no labelled picture in --data or --typographic; --data needs rows of source figstep")
+    readers: dict[str, Read] = {
+        "RapidOCR": Timed(Reader().read, given.output / "drawn-rapidocr.jsonl"),
+        "tower": Timed(TowerReader(tower).read, given.output / f"drawn-tower-{step}.jsonl"),
+        "none": lambda image: "",
+    }
+    with Progress() as progress:
+        task = progress.add_task("reading pictures", total=len(rows) * len(readers))
+        found = compare(rows, lambda: TransformersEngine(resolve(given.model)), readers, lambda: progress.advance(task))
+    table = Table("source", "reader", "harmful", "recall", "benign", "false positives", "similarity", "s/picture")
+    for one in sorted(found, key=lambda one: one.source):
+        shares = ("-" if share is None else f"{share:.1%}" for share in (one.recall, one.false_positives))
+        recall, false_positives = shares
+        table.add_row(
+            one.source,
+            one.reader,
+            str(one.harmful),
+            recall,
+            str(one.unharmful),
+            false_positives,
+            f"{one.similarity:.3f}",
+            f"{one.seconds:.2f}",
+        )
+    Console(width=120).print(table)
+    file = given.output / "verdicts.json"
+    file.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
+    if skipped.reasons:
+        print(skipped.summary())
