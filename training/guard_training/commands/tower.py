@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from guard_training.corpus.rows import Row, Skipped
     from guard_training.nano.curriculum import Progressed
     from guard_training.nano.reading import ReadingTower
 
@@ -48,10 +49,13 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     from rich.progress import Progress
 
+    from guard_training.corpus.rows import Skipped
     from guard_training.nano.bank import default_bank
     from guard_training.nano.curriculum import TowerSettings, train_tower
     from guard_training.nano.glyphs import bank_texts
 
+    skipped = Skipped()
+    rows = _rows(given, skipped)  # before training, which takes long
     settings = TowerSettings(**({"steps": given.steps} if given.steps else {}))
     bank = default_bank()
     with Progress() as progress:
@@ -74,8 +78,22 @@ def run(given: argparse.Namespace) -> None:
     _curve(seen)
     if seen.step < settings.steps:
         print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
-    if given.data or given.typographic:
-        _verdicts(given, tower, seen.step)
+    if rows:
+        _verdicts(given, rows, tower, seen.step)
+    if skipped.reasons:
+        print(skipped.summary())
+
+
+def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.rows import read_good_rows
+    from guard_training.nano.unread import chosen
+
+    figstep = [row for row in read_good_rows(given.data, skipped) if row.source == "figstep"] if given.data else []
+    typographic = read_good_rows(given.typographic, skipped) if given.typographic else []
+    rows = chosen([*figstep, *typographic], given.limit)
+    if (given.data or given.typographic) and not rows:
+        raise ValueError("no labelled picture in --data or --typographic; --data needs rows of source figstep")
+    return rows
 
 
 def _curve(seen: Progressed) -> None:
@@ -91,7 +109,7 @@ def _curve(seen: Progressed) -> None:
     Console(width=120).print(table)
 
 
-def _verdicts(given: argparse.Namespace, tower: ReadingTower, step: int) -> None:
+def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, step: int) -> None:
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -99,17 +117,10 @@ def _verdicts(given: argparse.Namespace, tower: ReadingTower, step: int) -> None
     from guard_middleware.guard.reader import Reader
     from guard_middleware.worker.engine_transformers import TransformersEngine
     from guard_middleware.worker.weights import resolve
-    from guard_training.corpus.rows import Skipped, read_good_rows
     from guard_training.nano.drawn import Read
     from guard_training.nano.reading import TowerReader
-    from guard_training.nano.unread import Timed, chosen, compare
+    from guard_training.nano.unread import Timed, compare
 
-    skipped = Skipped()
-    figstep = [row for row in read_good_rows(given.data, skipped) if row.source == "figstep"] if given.data else []
-    typographic = read_good_rows(given.typographic, skipped) if given.typographic else []
-    rows = chosen([*figstep, *typographic], given.limit)
-    if not rows:
-        raise ValueError("no labelled picture in --data or --typographic; --data needs rows of source figstep")
     readers: dict[str, Read] = {
         "RapidOCR": Timed(Reader().read, given.output / "drawn-rapidocr.jsonl"),
         "tower": Timed(TowerReader(tower).read, given.output / f"drawn-tower-{step}.jsonl"),
@@ -120,20 +131,9 @@ def _verdicts(given: argparse.Namespace, tower: ReadingTower, step: int) -> None
         found = compare(rows, lambda: TransformersEngine(resolve(given.model)), readers, lambda: progress.advance(task))
     table = Table("source", "reader", "harmful", "recall", "benign", "false positives", "similarity", "s/picture")
     for one in sorted(found, key=lambda one: one.source):
-        shares = ("-" if share is None else f"{share:.1%}" for share in (one.recall, one.false_positives))
-        recall, false_positives = shares
-        table.add_row(
-            one.source,
-            one.reader,
-            str(one.harmful),
-            recall,
-            str(one.unharmful),
-            false_positives,
-            f"{one.similarity:.3f}",
-            f"{one.seconds:.2f}",
-        )
+        recall, wrong = ("-" if share is None else f"{share:.1%}" for share in (one.recall, one.false_positives))
+        figures = (one.harmful, recall, one.unharmful, wrong, f"{one.similarity:.3f}", f"{one.seconds:.2f}")
+        table.add_row(one.source, one.reader, *map(str, figures))
     Console(width=120).print(table)
     file = given.output / "verdicts.json"
     file.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
-    if skipped.reasons:
-        print(skipped.summary())

@@ -1,0 +1,46 @@
+"""``guard-train tower`` from its options to its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from guard_training.commands import tower
+from guard_training.nano.curriculum import TowerError
+
+
+def call(*arguments: object) -> None:
+    parser = argparse.ArgumentParser()
+    tower.add(parser.add_subparsers())
+    given = parser.parse_args(["tower", *map(str, arguments)])
+    given.run(given)
+
+
+def test_a_run_stopped_by_its_minutes_goes_on_to_its_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "tower"
+    call("--output", output, "--steps", 2, "--minutes", 0)
+    assert "stopped at step 0 of 2; the same command with --resume goes on" in capsys.readouterr().out
+    with pytest.raises(TowerError, match="--resume"):
+        call("--output", output, "--steps", 2)
+    call("--output", output, "--steps", 2, "--resume")
+    (point,) = json.loads((output / "curve.json").read_text())
+    assert (point["step"], point["stage"], point["images"]) == (2, "lines", point["images"])
+    assert set(point["held_out"]["lines"]) == {"similarity", "character_errors"}
+    assert "held-out character similarity" in capsys.readouterr().out
+
+
+def test_data_without_pictures_is_refused_before_training(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "a", "source": "made", "prompt": "bread", "prompt_label": "unharmful"}) + "\n")
+    with pytest.raises(ValueError, match="no labelled picture"):
+        call("--output", tmp_path / "tower", "--steps", 2, "--data", rows)
+    assert not (tmp_path / "tower").exists()
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call("--help")
+    assert "guard-train tower --output out/tower --minutes 25" in capsys.readouterr().out
