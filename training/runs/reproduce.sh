@@ -60,8 +60,8 @@ revision() {
   if [[ -d $OUT/revision ]]; then
     "${TRAIN[@]}" publish "$OUT/revision"
   else
-    "${TRAIN[@]}" publish "$OUT/rl/model" --results "$OUT/rl.json" --output "$OUT/revision" --recipe "$RECIPE" \
-      --data "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz" --bank
+    "${TRAIN[@]}" publish "$OUT/rl/model" --results "$OUT/rl.json" --output "$OUT/revision" --licence apache-2.0 \
+      --recipe "$RECIPE" --data "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz" --bank
   fi
 }
 

@@ -169,7 +169,7 @@ def prepare(
     """Reads everything, makes the lessons and writes them down."""
 
     def shown(rows: Sequence[Row], what: str) -> Any:
-        return track(rows, what, console=console, transient=True)
+        return track(rows, what, console=console, transient=True, disable=not console.is_terminal)
 
     log = read_log(plan.logs, skipped) if plan.logs else None
     corrections = [one for path in plan.corrections for one in read_corrections(path, skipped, log)]
