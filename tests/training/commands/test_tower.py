@@ -21,15 +21,18 @@ def call(*arguments: object) -> None:
 
 def test_a_run_stopped_by_its_minutes_goes_on_to_its_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "tower"
-    call("--output", output, "--steps", 2, "--minutes", 0)
+    size = ("--steps", 2, "--measured", 2, "--patches", 64)
+    call("--output", output, *size, "--minutes", 0)
     assert "stopped at step 0 of 2; the same command with --resume goes on" in capsys.readouterr().out
     with pytest.raises(TowerError, match="--resume"):
-        call("--output", output, "--steps", 2)
-    call("--output", output, "--steps", 2, "--resume")
-    (point,) = json.loads((output / "curve.json").read_text())
-    assert (point["step"], point["stage"], point["images"]) == (2, "lines", point["images"])
+        call("--output", output, *size)
+    call("--output", output, *size, "--resume")
+    figures = json.loads((output / "curve.json").read_text())
+    (point,) = figures["curve"]
+    assert (point["step"], point["stage"]) == (2, "lines")
+    assert point["held_out"] == figures["held_out_fonts"] != figures["training_fonts"]
     assert set(point["held_out"]["lines"]) == {"similarity", "character_errors"}
-    assert "held-out character similarity" in capsys.readouterr().out
+    assert "character similarity on unseen texts" in capsys.readouterr().out
 
 
 def test_data_without_pictures_is_refused_before_training(tmp_path: Path) -> None:

@@ -257,6 +257,13 @@ def test_a_run_in_the_way_and_other_settings_are_refused_with_the_remedy(tmp_pat
         train_tower(tmp_path, settings_of(steps=5), TEXTS, TEXTS, resume=True)
 
 
+def test_drawing_in_other_processes_gives_the_same_losses(tmp_path: Path) -> None:
+    made = settings_of(steps=2, measure_every=9)
+    _, alone = train_tower(tmp_path / "alone", made, TEXTS, TEXTS)
+    _, helped = train_tower(tmp_path / "helped", made, TEXTS, TEXTS, workers=1)
+    assert helped.losses == alone.losses
+
+
 def test_a_step_draws_the_same_images_whatever_came_before() -> None:
     first, again = (draw_batch(settings_of(patches=256), 3, TEXTS) for _ in range(2))
     assert [one.image.tobytes() for one in first] == [one.image.tobytes() for one in again]

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guard_training.corpus.rows import Row, Skipped
@@ -39,6 +39,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option("--resume", action="store_true", help="go on from the folder's checkpoint")
     option("--minutes", type=float, metavar="N", help="end this call after N minutes of training, with a checkpoint")
     option("--steps", type=int, metavar="N", help="length of the whole schedule (default 7000)")
+    option("--patches", type=int, metavar="N", help="patches of 14 x 14 pixels in a batch (default 1024)")
+    option("--measured", type=int, metavar="N", help="held-out images of each kind that are measured (default 24)")
+    option("--workers", type=int, default=0, metavar="N", help="processes that draw, to keep a GPU busy (default 0)")
     option("--data", type=Path, metavar="FILE", help="labelled rows with FigStep's pictures")
     option("--typographic", type=Path, metavar="FILE", help="held-out typographic rows, as `nano` writes them")
     option("--model", default="nano", help="the guard that judges what was read (default nano)")
@@ -53,11 +56,15 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.nano.bank import default_bank
     from guard_training.nano.curriculum import TowerSettings, train_tower
     from guard_training.nano.glyphs import bank_texts
+    from guard_training.nano.reading import measure
+    from guard_training.nano.render import HELD_OUT_FONTS, TRAIN_FONTS
 
     skipped = Skipped()
     rows = _rows(given, skipped)  # before training, which takes long
-    settings = TowerSettings(**({"steps": given.steps} if given.steps else {}))
+    changed = {name: getattr(given, name) for name in ("steps", "patches", "measured") if getattr(given, name)}
+    settings = TowerSettings(**changed)
     bank = default_bank()
+    unseen = bank_texts(bank, held=True)
     with Progress() as progress:
         task = progress.add_task("training the tower", total=settings.steps)
 
@@ -69,13 +76,19 @@ def run(given: argparse.Namespace) -> None:
             given.output,
             settings,
             bank_texts(bank, held=False),
-            bank_texts(bank, held=True),
+            unseen,
             resume=given.resume,
             minutes=given.minutes,
+            workers=given.workers,
             tell=tell,
         )
-    (given.output / "curve.json").write_text(json.dumps(seen.curve, indent=1) + "\n", encoding="utf-8")
-    _curve(seen)
+    figures = {
+        "curve": seen.curve,
+        "training_fonts": measure(tower, unseen, TRAIN_FONTS, settings.measured),
+        "held_out_fonts": measure(tower, unseen, HELD_OUT_FONTS, settings.measured),
+    }
+    (given.output / "curve.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _curve(figures)
     if seen.step < settings.steps:
         print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
     if rows:
@@ -96,17 +109,25 @@ def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
     return rows
 
 
-def _curve(seen: Progressed) -> None:
+def _curve(figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from guard_training.nano.glyphs import KINDS
 
-    table = Table("step", "stage", "images", "glyphs", "seconds", "loss", *KINDS, title="held-out character similarity")
-    for one in seen.curve:
+    table = Table(
+        "step", "stage", "images", "glyphs", "seconds", "loss", *KINDS, title="character similarity on unseen texts"
+    )
+    for one in figures["curve"]:
         facts = (one["step"], one["stage"], one["images"], one["glyphs"], one["seconds"], f"{one['loss']:.2f}")
-        table.add_row(*map(str, facts), *(f"{one['held_out'][kind]['similarity']:.3f}" for kind in KINDS))
+        table.add_row(*map(str, facts), *_similarities(one["held_out"]))
+    for fonts in ("held_out_fonts", "training_fonts"):
+        table.add_row("now", fonts.replace("_", " "), *[""] * 4, *_similarities(figures[fonts]))
     Console(width=120).print(table)
+
+
+def _similarities(figures: dict[str, Any]) -> list[str]:
+    return [f"{one['similarity']:.3f}" for one in figures.values()]
 
 
 def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, step: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from guard_training.nano.glyphs import SLOTS, Labelled, Texts, draw
 from guard_training.nano.reading import (
@@ -99,6 +100,21 @@ def draw_batch(settings: TowerSettings, step: int, texts: Texts) -> list[Labelle
     return drawn
 
 
+class Draws(Dataset[Batch]):
+    """The batches of the steps from ``first`` on."""
+
+    def __init__(self, settings: TowerSettings, texts: Texts, first: int) -> None:
+        self._settings, self._texts, self._first, self._processor = settings, texts, first, processor()
+
+    def __len__(self) -> int:
+        return self._settings.steps - self._first
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= len(self):
+            raise IndexError(number)
+        return to_batch(draw_batch(self._settings, self._first + number, self._texts), self._processor)
+
+
 @dataclass(slots=True)
 class Progressed:
     """What a run has seen so far."""
@@ -119,11 +135,13 @@ def train_tower(
     *,
     resume: bool = False,
     minutes: float | None = None,
+    workers: int = 0,
     tell: Callable[[Progressed, str], None] = lambda seen, stage: None,
 ) -> tuple[ReadingTower, Progressed]:
     """Trains and returns the tower; ``output/checkpoint.pt`` goes on with ``resume``.
 
-    ``minutes`` ends this call early, after a checkpoint. Measured on ``unseen`` texts in held-out fonts. Raises
+    ``minutes`` ends this call early, after a checkpoint; ``workers`` processes draw (0: this one). A GPU is used where
+    there is one. Measured on ``unseen`` texts in held-out fonts. Raises
     ``TowerError`` for a checkpoint that is in the way or of other settings.
     """
     file = output / "checkpoint.pt"
@@ -131,17 +149,19 @@ def train_tower(
     if file.exists() and not resume:
         raise TowerError(f"{file} holds a run; go on with --resume, or give another folder")
     torch.manual_seed(settings.seed)
-    tower, made, seen = ReadingTower(settings.shape), processor(), Progressed()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tower, seen = ReadingTower(settings.shape).to(device), Progressed()
     optimizer = torch.optim.AdamW(tower.parameters(), weight_decay=settings.weight_decay, betas=(0.9, 0.98))
     if file.exists():
         seen = _load(file, settings, tower, optimizer)
     started, before = time.monotonic(), seen.seconds
-    while seen.step < settings.steps and (minutes is None or time.monotonic() - started < 60 * minutes):
+    for batch in DataLoader(Draws(settings, texts, seen.step), batch_size=None, num_workers=workers):
+        if minutes is not None and time.monotonic() - started >= 60 * minutes:
+            break
         stage = settings.stage(seen.step)
-        drawn = draw_batch(settings, seen.step, texts)
-        seen.losses.append(_step(tower.train(), optimizer, to_batch(drawn, made), settings, seen.step))
-        seen.step, seen.images = seen.step + 1, seen.images + len(drawn)
-        seen.glyphs += sum(one.glyphs for one in drawn)
+        seen.losses.append(_step(tower.train(), optimizer, batch.to(device), settings, seen.step))
+        seen.step, seen.images = seen.step + 1, seen.images + len(batch.shapes)
+        seen.glyphs += int((batch.labels > 0).sum())
         seen.seconds = before + time.monotonic() - started
         if seen.step % settings.measure_every == 0 or seen.step == settings.steps:
             figures = measure(tower, unseen, HELD_OUT_FONTS, settings.measured)
@@ -180,7 +200,7 @@ def _save(
 
 
 def _load(file: Path, settings: TowerSettings, tower: ReadingTower, optimizer: torch.optim.Optimizer) -> Progressed:
-    state = torch.load(file, weights_only=True)
+    state = torch.load(file, weights_only=True, map_location="cpu")
     if state["settings"] != asdict(settings):
         changed = sorted(key for key, value in asdict(settings).items() if state["settings"].get(key) != value)
         raise TowerError(f"{file} was made with other settings ({', '.join(changed)}); give the same ones")
@@ -191,7 +211,7 @@ def _load(file: Path, settings: TowerSettings, tower: ReadingTower, optimizer: t
 
 def load_tower(output: Path) -> ReadingTower:
     """The tower of a run's folder."""
-    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    state = torch.load(output / "checkpoint.pt", weights_only=True, map_location="cpu")
     tower = ReadingTower(TowerShape(**state["settings"]["shape"]))
     tower.load_state_dict(state["tower"])
     return tower.eval()

@@ -79,6 +79,9 @@ class Batch:
     labels: Tensor
     shapes: tuple[tuple[int, int], ...]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.pixels.to(device), self.grid.to(device), self.labels.to(device), self.shapes)
+
 
 def to_batch(drawn: Sequence[Labelled], processor: Qwen2VLImageProcessorPil) -> Batch:
     """Images and labels as tensors."""
@@ -126,8 +129,8 @@ def transcribe(
 ) -> list[list[tuple[str, float]]]:
     """Per image and row of tokens the text and its confidence (mean probability of its glyphs, 0 for no text)."""
     made = processor(images=list(images), return_tensors="pt")
-    tower.eval()
-    chances = tower(made["pixel_values"], made["image_grid_thw"]).softmax(-1)
+    device = tower.head.weight.device
+    chances = tower.eval()(made["pixel_values"].to(device), made["image_grid_thw"].to(device)).softmax(-1).cpu()
     shapes = [(int(height) // 2, int(width) // 2) for _, height, width in made["image_grid_thw"]]
     rows = iter(rows_of(chances, shapes))
     return [[_line(next(rows)) for _ in range(height)] for height, _ in shapes]
