@@ -83,7 +83,7 @@ class Judgement:
         """Why it is refused, a line each."""
         found = [
             f"{one.source} ({one.side}): {_NAMES[one.figure]} {100 * one.before:.1f} -> {100 * one.after:.1f}, more "
-            f"than {100 * self.margin:g} points less{'' if one.certain else '; the interval includes no loss'}"
+            f"than {100 * self.margin:g} points less{'' if one.certain else '; this may be chance'}"
             for one in self.losses
         ]
         if self.golden.broken:
