@@ -55,7 +55,10 @@ def training_rows(files: Sequence[Path], recipe: Recipe, against: Sequence[Path]
 
 
 def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baseline:
-    """``threshold`` of the request; None is as nano's operating point. Raises ``BaselineError`` where a label is missing or scikit-learn is not installed."""
+    """``threshold`` of the request; None is as nano's operating point.
+
+    Raises ``BaselineError`` where a label is missing or scikit-learn is not installed.
+    """
     request = _fit([(row.prompt, row.source, row.request == "harmful") for row in rows.prompts])
     pairs = [(row.response or "", row.source, row.response_label == "harmful") for row in rows.pairs]
     response = _fit(pairs) if len({harmful for _, _, harmful in pairs}) == 2 else None
