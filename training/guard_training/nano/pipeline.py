@@ -321,7 +321,7 @@ def _calibrate(
             tokenizer,
             closed=False,
         )
-        for case in (distilled_case(row.prompt, 0.0, 0) for row in rows)
+        for case in (distilled_case(row.prompt, 0.0, 0) for row in judged)
     ]
     found = margins(trainer, examples, harmful=harmful, unharmful=unharmful)
     sides = {label: found[[row.request == label for row in judged]] for label in ("harmful", "unharmful")}
