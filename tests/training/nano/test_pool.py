@@ -10,7 +10,6 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from guard_training.corpus.rows import Row
 from guard_training.nano import encoder
 from guard_training.nano.encoder import Embeddings, SentenceEncoder, fit_head
 from guard_training.nano.lexicon import Lexicon
@@ -58,15 +57,15 @@ def test_the_head_tells_the_labels_apart() -> None:
 
 
 def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
-    rows = [Row("1", "s", "lock", "harmful"), Row("2", "s", "bread", "unharmful")] * 4
     lexicon = Lexicon({"axe": 5.0}, {"axe": 1.0})
     with Progress(disable=True) as progress:
         pool = make_pool(
-            rows,
+            ["lock", "bread"] * 4,
+            [True, False] * 4,
+            [0.125] * 8,
             ["large lock"],
             ["axe"],
             lexicon,
-            shares={},
             penalty=1e-2,
             sharpness=1.0,
             lexicon_share=0.5,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guard_training.commands import terminal
+
 _ABOUT = """\
 Asks whether a guard's reasoning bears on its verdict. Every row is judged once as it is served; then the label is
 read again after the reasoning as written, that of another row, its first half, none, and that of a row with the
@@ -34,11 +36,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    import sys
-
-    from rich.console import Console
 
     from guard_training.evaluation.audit import audit
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = terminal(160)
     audit(given.data, given.model, given.output, limit=given.limit, seed=given.seed, console=console)

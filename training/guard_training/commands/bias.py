@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guard_training.commands import terminal
+
 _ABOUT = """\
 Compares a guard's verdicts with the labels of its data and with those of its teacher: how often each is right, how
 well they agree, and how many of the guard's errors are its teacher's. Prints one line per source and side, with 95 %
@@ -32,11 +34,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    import sys
-
-    from rich.console import Console
 
     from guard_training.evaluation.bias import report_bias
 
-    console = Console() if sys.stdout.isatty() else Console(width=190)
+    console = terminal(190)
     report_bias(given.outcomes, given.teacher, json_file=given.json, console=console)

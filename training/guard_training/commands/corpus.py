@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from guard_training.commands import terminal
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def run_sources(given: argparse.Namespace) -> None:
     for line in listed:
         shown = (line["name"], line["modality"], f"{line['share']:g}", line["licence"], line["home"], line["rule"])
         table.add_row(*map(escape, shown))
-    _console().print(table)
+    terminal(_WIDTH).print(table)
     _write_json(given.json, listed)
 
 
@@ -166,7 +166,7 @@ def run_build(given: argparse.Namespace) -> None:
             parts.setdefault(copy.source.name, []).append(read_part(copy, given.output, _watch(progress)))
         built = build(parts, plan, prints, track)
     write_corpus(built, plan, given.output)
-    console = _console()
+    console = terminal(_WIDTH)
     console.print(_counts_table(built), steps_table(statistics(built.train)))
     skipped.reasons += built.bad
     _summary(console, skipped)
@@ -186,7 +186,7 @@ def run_check(given: argparse.Namespace) -> None:
         rows = readable(_read(given.train, skipped), prints, skipped, track)
         against = _evaluation_sets(given.against, prints, skipped, track)
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)
-    console = _console()
+    console = terminal(_WIDTH)
     console.print(_leaks_table(rows, leaks))
     _summary(console, skipped)
     _write_json(given.json, [asdict(leak) for leak in leaks])
@@ -204,7 +204,7 @@ def run_stats(given: argparse.Namespace) -> None:
 
     skipped = Skipped()
     found = statistics(_read(given.corpora, skipped))
-    console = _console()
+    console = terminal(_WIDTH)
     console.print(steps_table(found), labels_table(found))
     _summary(console, skipped)
     _write_json(given.json, found.to_json())
@@ -283,10 +283,6 @@ def _leaks_table(rows: Sequence[Row], leaks: Sequence[Leak]) -> Table:
 def _summary(console: Console, skipped: Skipped) -> None:
     if skipped.reasons:
         console.print(skipped.summary(), markup=False, highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_WIDTH)
 
 
 def _progress() -> Progress:

@@ -7,11 +7,12 @@ import datetime
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from guard_training.commands import terminal
 
 if TYPE_CHECKING:
     from guard_training.corpus.rows import Row, Skipped
@@ -90,7 +91,7 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.evaluation.outcomes import read_outcomes, write_outcomes
     from guard_training.evaluation.report import render, write_report
 
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    console = terminal(_WIDTH)
     skipped = Skipped()
     other = read_outcomes(_outcomes_of(given.against)) if given.against else None
     rows = _rows(given, skipped)
@@ -149,7 +150,7 @@ def _answers(
     given: argparse.Namespace, rows: list[Row], skipped: Skipped, console: Console
 ) -> dict[str, list[Outcome]]:
     """Outcomes by model; the one that was asked comes first."""
-    from guard_training.evaluation.measure import WorkerFailed, measure
+    from guard_training.evaluation.measure import measure
     from guard_training.evaluation.predictions import read_predictions
 
     if not given.model and not given.predictions:
@@ -163,10 +164,7 @@ def _answers(
         raise ValueError("two --predictions of one name; give each its own")
     if not given.model:
         return answers
-    try:
-        asked = measure(rows, given.model, concurrency=given.concurrency, console=console, journal=_journal(given))
-    except WorkerFailed as error:
-        raise ValueError(str(error)) from None
+    asked = measure(rows, given.model, concurrency=given.concurrency, console=console, journal=_journal(given))
     name = asked[0].model
     return {name if name not in answers else f"{name} {asked[0].revision}": asked, **answers}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guard_training.commands import terminal
+
 _ABOUT = """\
 Leaves one source (or one group of sources) out of training, trains, and measures on what was left out: recall, false
 positives and the area under the ROC curve per source, with 95 % intervals, beside a linear baseline (TF-IDF and
@@ -42,26 +44,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    import sys
-
-    from rich.console import Console
 
     from guard_training.evaluation.generalise import generalise
-    from guard_training.evaluation.measure import WorkerFailed
     from guard_training.nano.recipe import default_recipe, read_recipe
 
-    try:
-        generalise(
-            given.data,
-            read_recipe(given.recipe or default_recipe()),
-            given.output,
-            groups=given.groups,
-            quick=given.quick,
-            limit=given.limit,
-            options=given.options,
-            concurrency=given.concurrency,
-            seed=given.seed,
-            console=Console() if sys.stdout.isatty() else Console(width=160),
-        )
-    except WorkerFailed as error:
-        raise ValueError(str(error)) from None
+    generalise(
+        given.data,
+        read_recipe(given.recipe or default_recipe()),
+        given.output,
+        groups=given.groups,
+        quick=given.quick,
+        limit=given.limit,
+        options=given.options,
+        concurrency=given.concurrency,
+        seed=given.seed,
+        console=terminal(160),
+    )

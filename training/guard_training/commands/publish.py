@@ -54,7 +54,6 @@ def run(given: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from guard_training.corpus.rows import Skipped
-    from guard_training.evaluation.measure import WorkerFailed
     from guard_training.update import hub, publish, revision
     from guard_training.update.pipeline import measurer
 
@@ -78,8 +77,6 @@ def run(given: argparse.Namespace) -> None:
         skipped = Skipped()
         try:
             publish.make(making, given.output, skipped, measurer(console, given.concurrency))
-        except WorkerFailed as error:
-            raise ValueError(str(error)) from None
         finally:
             if skipped.reasons:
                 console.print(skipped.summary(), markup=False, highlight=False)

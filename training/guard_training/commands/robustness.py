@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guard_training.commands import terminal
+
 _ABOUT = """\
 Asks a guard about every row as it is and in other writings: drawn into an image, with invisible characters, with
 look-alike letters, in base64, rot13 and leetspeak, translated, beside texts that imitate a verdict or order the
@@ -43,25 +45,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    import sys
 
-    from rich.console import Console
-
-    from guard_training.evaluation.measure import WorkerFailed
     from guard_training.evaluation.robustness import measure_robustness
 
-    try:
-        measure_robustness(
-            given.data,
-            given.model,
-            given.output,
-            side=given.side,
-            limit=given.limit,
-            groups=given.groups,
-            translations=given.translations,
-            concurrency=given.concurrency,
-            seed=given.seed,
-            console=Console() if sys.stdout.isatty() else Console(width=190),
-        )
-    except WorkerFailed as error:
-        raise ValueError(str(error)) from None
+    measure_robustness(
+        given.data,
+        given.model,
+        given.output,
+        side=given.side,
+        limit=given.limit,
+        groups=given.groups,
+        translations=given.translations,
+        concurrency=given.concurrency,
+        seed=given.seed,
+        console=terminal(190),
+    )

@@ -97,7 +97,6 @@ def _stage(given: argparse.Namespace, console: Console) -> None:
 
 def _update(given: argparse.Namespace, console: Console) -> None:
     from guard_training.corpus.rows import Skipped
-    from guard_training.evaluation.measure import WorkerFailed
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
     from guard_training.update import pipeline
@@ -132,8 +131,6 @@ def _update(given: argparse.Namespace, console: Console) -> None:
             ask=pipeline.asker(console, given.concurrency),
             read=_reader(plan.sft.reader),
         )
-    except WorkerFailed as error:
-        raise ValueError(str(error)) from None
     finally:
         if skipped.reasons:
             console.print(skipped.summary(shown=20), markup=False, highlight=False)

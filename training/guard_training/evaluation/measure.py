@@ -41,7 +41,7 @@ START_SECONDS = 120.0
 DEADLINE_SECONDS = 120.0
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(ValueError):
     """The worker did not start; the message holds the end of its log."""
 
 

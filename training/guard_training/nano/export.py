@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-from transformers.trainer_utils import get_last_checkpoint
 
 from guard_training.corpus.rows import Row
 from guard_training.nano.model import Shape, image_processor
@@ -18,8 +16,6 @@ from guard_training.nano.pictures import typographic
 from guard_training.nano.recipe import Recipe
 from guard_training.nano.render import HELD_OUT_FONTS
 from guard_training.nano.teacher import form
-
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def shape(recipe: Recipe) -> Shape:
@@ -33,11 +29,6 @@ def shape(recipe: Recipe) -> Shape:
         vision_layers=recipe.vision_layers,
         image_tokens=recipe.image_tokens,
     )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a stopped run."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def export(

@@ -26,7 +26,7 @@ from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.encoder import Embeddings
-from guard_training.nano.export import export, last_checkpoint, shape, write_held_out
+from guard_training.nano.export import export, shape, write_held_out
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
     Case,
@@ -57,6 +57,7 @@ from guard_training.nano.trainer import (
     training_arguments,
 )
 from guard_training.nano.wordnet import FOLDER, definitions
+from guard_training.tuning.run import last_checkpoint
 
 #: what ``kind_shares`` may name
 KINDS = ("text", "distilled", "pair", "dialogue", "picture")
@@ -70,6 +71,15 @@ class Rows:
     pairs: list[Row]
     pictures: list[Row]
     held_out: list[Row]
+
+    @property
+    def harmful(self) -> list[bool]:
+        """Of each prompt."""
+        return [row.request == "harmful" for row in self.prompts]
+
+    def weights(self, shares: Mapping[str, float]) -> list[float]:
+        """Of each prompt in the fits to the labels, see ``lexicon.balance``."""
+        return balance([row.source for row in self.prompts], self.harmful, shares)
 
 
 def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = ()) -> Rows:
@@ -104,11 +114,10 @@ def _leaks(rows: Sequence[Row], against: Sequence[Path]) -> list[Leak]:
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
     """The words of harmful and of unharmful prompts."""
-    harmful = [row.request == "harmful" for row in rows.prompts]
     return word_lexicon(
         [row.prompt[:1500] for row in rows.prompts],
-        harmful,
-        balance([row.source for row in rows.prompts], harmful, recipe.source_shares),
+        rows.harmful,
+        rows.weights(recipe.source_shares),
         least=2,
         steps=recipe.odds_steps,
         penalty=recipe.odds_penalty,
@@ -132,10 +141,13 @@ def make_model(
     model = build_model(tokenizer, shape(recipe), seed=recipe.seed)
     encoder = PromptEncoder(tokenizer)
     ids = [encoder.plain(row.prompt[:1500]) for row in rows.prompts]
-    harmful = [row.request == "harmful" for row in rows.prompts]
-    weights = balance([row.source for row in rows.prompts], harmful, recipe.source_shares)
     odds, rarity, _ = fit_log_odds(
-        ids, harmful, weights, len(tokenizer), steps=recipe.odds_steps, penalty=recipe.odds_penalty
+        ids,
+        rows.harmful,
+        rows.weights(recipe.source_shares),
+        len(tokenizer),
+        steps=recipe.odds_steps,
+        penalty=recipe.odds_penalty,
     )
     start_embeddings(model, words, odds * rarity, rank=recipe.embedding_rank, odds_dims=recipe.odds_dims)
     start_attention(model)
@@ -258,11 +270,12 @@ def train_nano(
         words = word_vectors(tokenizer, kept, progress)
         texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
-            rows.prompts,
+            [row.prompt for row in rows.prompts],
+            rows.harmful,
+            rows.weights(recipe.source_shares),
             make_stretches(texts, recipe.stretches, recipe.stretch_words, recipe.seed, output / "stretches.json"),
             glosses[: recipe.definitions],
             lexicon,
-            shares=recipe.source_shares,
             penalty=recipe.head_penalty,
             sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
@@ -370,5 +383,6 @@ def _train(
     )
     if stop_after:
         trainer.add_callback(StopAfter(stop_after))
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    found = last_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,8 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from guard_training.corpus.rows import Row
 from guard_training.nano.encoder import Embeddings, fit_head
-from guard_training.nano.lexicon import Lexicon, balance
+from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import snippet
 
 #: characters of a text that the encoder is shown; its limit of 256 word pieces is near that
@@ -59,26 +58,25 @@ def make_stretches(texts: Sequence[str], count: int, words: int, seed: int, file
 
 
 def make_pool(
-    prompts: Sequence[Row],
+    prompts: Sequence[str],
+    harmful: Sequence[bool],
+    weights: Sequence[float],
     stretches: Sequence[str],
     definitions: Sequence[str],
     lexicon: Lexicon,
     *,
-    shares: Mapping[str, float],
     penalty: float,
     sharpness: float,
     lexicon_share: float,
     kept: Embeddings,
     progress: Progress,
 ) -> Pool:
-    """Embeds everything and judges it.
+    """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts.
 
     The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
     """
-    texts = [row.prompt[:LONGEST] for row in prompts] + list(stretches) + list(definitions)
+    texts = [prompt[:LONGEST] for prompt in prompts] + list(stretches) + list(definitions)
     vectors = kept.of(texts, progress, "embedding texts")
-    harmful = [row.request == "harmful" for row in prompts]
-    weights = balance([row.source for row in prompts], harmful, shares)
     head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
     by_words = torch.tensor([lexicon.score(text) for text in texts])

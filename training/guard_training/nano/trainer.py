@@ -7,9 +7,6 @@ other ids (a sampled softmax). Each labelled token has a weight, so that a decis
 round it. And a row may carry what a sentence encoder says of its text: the odds of harm as a soft target where the
 request is decided, and its embedding, which a linear map of the hidden state there has to match (the map is thrown
 away after training). Rows come in an order fixed beforehand, in batches of like length.
-
-Checkpoints of Qwen2.5-VL resume with *no weights at all* in stock Trainer (the saved names are the legacy ones, and
-the load is not strict); ``_load_from_checkpoint`` repairs that.
 """
 
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
@@ -30,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
 from guard_training.nano.teacher import Kind, Stretch
+from guard_training.tuning.run import ResumingTrainer
 
 IGNORED = -100
 #: the linear map to the encoder's embeddings, beside a checkpoint's weights
@@ -158,7 +156,7 @@ class Meanings:
     weight: float
 
 
-class GuardSFTTrainer(SFTTrainer):
+class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
     """``meanings`` None trains without embeddings."""
 
     def __init__(self, *args: Any, vocabulary: Vocabulary, meanings: Meanings | None = None, **kwargs: Any):
@@ -261,9 +259,7 @@ class GuardSFTTrainer(SFTTrainer):
         return hidden
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = model or self.model
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.map is not None:
             self.map.load_state_dict(torch.load(Path(resume_from_checkpoint) / _MAP, weights_only=True))
 

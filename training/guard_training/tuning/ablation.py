@@ -196,13 +196,10 @@ def _dot(panel: Any, y: int, figure: Any, colour: str) -> None:
 
 def asker(rows: Sequence[Row], *, concurrency: int, console: Console) -> Ask:
     """Asks a guard's own worker about the rows, with a journal in the variant's folder."""
-    from guard_training.evaluation.measure import WorkerFailed, measure
+    from guard_training.evaluation.measure import measure
 
     def ask(model: str, folder: Path) -> list[Outcome]:
-        try:
-            journal = folder / "outcomes.journal"
-            return measure(rows, model, concurrency=concurrency, console=console, journal=journal)
-        except WorkerFailed as error:
-            raise ValueError(str(error)) from None
+        journal = folder / "outcomes.journal"
+        return measure(rows, model, concurrency=concurrency, console=console, journal=journal)
 
     return ask
