@@ -92,10 +92,47 @@ class SourcePolicy(Section):
         return self
 
 
+class StreamRules(Section):
+    """How a streamed answer leaves while it is judged (``holdback``). Sizes are characters of one choice."""
+
+    mode: Literal["hold", "window", "async"] = Field(
+        default="hold",
+        description="hold (nothing before the last verdict), window (what was judged) or async (at once, then cut)",
+    )
+    first_window: int = Field(default=240, ge=16, le=100_000, description="characters of the first window, from 16")
+    last_window: int = Field(default=2000, ge=16, le=1_000_000, description="characters of the longest window, from 16")
+    growth: float = Field(default=1.5, ge=1, le=4, description="how much longer each window is, a number from 1 to 4")
+    overlap: int = Field(
+        default=120, ge=0, le=10_000, description="characters that a window repeats; at most half of first_window"
+    )
+    leak_bound: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="async only: how many characters may be ahead of the guard, such as 1000",
+    )
+    keep_alive: Seconds = Field(
+        default=15.0, description="a duration, such as 15s: silence after which a held stream shows a sign of life"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.overlap * 2 > self.first_window:
+            raise refuse("the overlap is more than half of the first window", "lower overlap", "overlap")
+        if self.last_window < self.first_window:
+            raise refuse("the last window is shorter than the first", "raise last_window", "last_window")
+        if (self.mode == "async") != (self.leak_bound is not None):
+            if self.mode == "async":
+                raise refuse("async shows text before its verdict: say how much", "write leak_bound: 1000", "mode")
+            raise refuse(f"`leak_bound` has no effect in mode {self.mode}", "remove it", "leak_bound")
+        return self
+
+
 class OutputPolicy(SourcePolicy):
     deadline: Seconds = Field(
         default=20.0, description="a duration of more than 0 and at most 10m, such as 2s or 500ms"
     )
+    stream: StreamRules = Field(default=StreamRules(), description="a mapping, such as {mode: window}")
 
 
 class Policy(Section):
@@ -103,6 +140,10 @@ class Policy(Section):
 
     input: SourcePolicy = Field(default=SourcePolicy(), description="a mapping, such as {on_harmful: block}")
     output: OutputPolicy = Field(default=OutputPolicy(), description="a mapping, such as {on_harmful: annotate}")
+    race: bool = Field(
+        default=False,
+        description="true or false: whether the upstream is called before the input has its verdict",
+    )
     block_style: Literal["error", "soft"] = Field(
         default="error",
         description="error (400, or finish_reason content_filter), or soft (200 with a refusal as the answer)",
@@ -184,10 +225,14 @@ class Dialect(Section):
     )
 
 
+_DIALECT = Field(default=Dialect(), description="a mapping, such as {extra_fields: {context: moderated}}")
+
+
 class Dialects(Section):
-    chat_completions: Dialect = Field(
-        default=Dialect(), description="a mapping, such as {extra_fields: {context: moderated}}"
-    )
+    chat_completions: Dialect = _DIALECT
+    completions: Dialect = _DIALECT
+    messages: Dialect = _DIALECT
+    responses: Dialect = _DIALECT
 
 
 class Route(Section):

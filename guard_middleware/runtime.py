@@ -55,7 +55,7 @@ class Runtime:
     ) -> None:
         self.config, self.remote = config, remote
         self.policies = PolicySet(config)
-        self.options = {"chat_completions": Options(extra_fields=config.dialects.chat_completions.extra_fields)}
+        self.options = {name: Options(section.extra_fields) for name, section in config.dialects}
         audit = config.audit
         digest = ContentDigest.from_env(audit.hmac_key_env)
         redactor = Redactor([(rule.pattern, rule.replacement) for rule in audit.redact])

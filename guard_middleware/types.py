@@ -191,6 +191,7 @@ Outcome = Literal["allowed", "annotated", "blocked", "guard_error", "rejected", 
 class Record:
     """What is known of one request when it is over: the source of its span attributes and of its log line.
 
+    ``leaked_characters`` is the most of one choice that a stream in mode ``async`` showed ahead of its verdict.
     ``conversation`` and ``answers`` are raw content: they are digested, and leave only where the
     operator's configuration captures content.
     """
@@ -213,4 +214,5 @@ class Record:
     released_bytes: int = 0
     conversation: Conversation | None = None
     answers: tuple[Message, ...] = ()
+    leaked_characters: int = 0
     timings: tuple[tuple[str, float], ...] = ()

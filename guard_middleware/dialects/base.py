@@ -184,8 +184,8 @@ class ParsedAnswer(Protocol):
 class Said:
     """Text that one frame adds to one surface of a choice.
 
-    ``surface`` is unique within the choice (``content``, ``reasoning_content``, ``tool_calls.0``, ``block.2``); the texts
-    of a surface, joined in order, are what is judged.
+    ``surface`` is unique within the choice (``content``, ``reasoning_content``, ``tool_calls.0``, ``block.2``); the
+    texts of a surface, joined in order, are what is judged.
     """
 
     surface: str
@@ -212,8 +212,9 @@ class StreamParser(Protocol):
     """One streamed answer, read event by event and written again frame by frame; counts no bytes (the caller does).
 
     What ends a choice (its ``finish_reason`` or ``stop_reason``), usage and what ends the stream are no frames: the
-    parser keeps them for ``close``. Nothing is judged or released here; the caller calls ``release`` for the frames that
-    were cleared, in order, ``cut`` at most once for a choice, and ``close`` or ``fail`` once, at the end.
+    parser keeps them for ``close``. Nothing is judged or released here; the caller calls ``release`` for the frames
+    that were cleared, in order, ``cut`` at most once for a choice, and ``close`` or ``fail`` once, at the end. Where
+    every choice was cut, ``close`` may come before the upstream's stream has ended, and must repeat nothing of it.
     """
 
     @property

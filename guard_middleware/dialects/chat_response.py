@@ -54,6 +54,8 @@ class ParsedCompletion:
     choices: Mapping[int, dict[str, JSONValue]]
     answers: tuple[Answer, ...]
 
+    answer_id = None  # a Chat Completions answer cannot be continued by its id
+
     @property
     def content_type(self) -> bytes:
         return JSON_TYPE
