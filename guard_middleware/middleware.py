@@ -18,7 +18,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +174,9 @@ class _Exchange:
         for command in commands:
             match command:
                 case Ask(call):
-                    self._start(self._ask(call))
+                    self._start(self._ask, call)
                 case Forward(body):
-                    self._upstream = self._start(self._forward(body))
+                    self._upstream = self._start(self._forward, body)
                 case Stop():
                     if self._upstream is not None and self._upstream is not asyncio.current_task():
                         self._upstream.cancel()
@@ -192,16 +192,16 @@ class _Exchange:
         else:
             self._may_read.set()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._guarded(work))
+    def _start(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._guarded(work, *given))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> None:
         """Feeds whatever breaks in ``work`` to the transaction, and a defect to ``run``."""
         try:
-            await work
+            await work(*given)
         except UpstreamError as error:
             self._do(self._tx.fail(error))
         except Exception as error:
@@ -399,7 +399,7 @@ class _Exchange:
             self._gone = True
             task.cancel()
 
-        self._watcher = self._start(watch())
+        self._watcher = self._start(watch)
 
     def _watcher_off(self) -> None:
         if self._watcher is not None:

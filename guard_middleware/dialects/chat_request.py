@@ -32,9 +32,11 @@ from guard_middleware.dialects.chat_fields import (
 from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
     Admitted,
+    USUAL,
     FieldError,
     Rule,
     admit,
+    as_flag,
     as_list,
     as_object,
     as_str,
@@ -42,10 +44,9 @@ from guard_middleware.dialects.fields import (
     in_order,
     invalid,
     is_scalar,
-    join,
     json_text,
+    refuse_guards,
     unsupported_content,
-    unsupported_field,
 )
 from guard_middleware.errors import RejectKind, RequestRejected
 from guard_middleware.limits import Limits
@@ -77,10 +78,6 @@ _ROLE: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
-#: in the name of an option: it is about a guard, ours or the upstream's
-_GUARD = re.compile(r"guard|moderat|safe|content_?filter|jailbreak", re.IGNORECASE)
-#: words of options that need no reading
-_USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 _METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _LABEL = re.compile(r"[!-~]{0,256}")
 _TOKEN = re.compile(r"-?[0-9]{1,10}", re.ASCII)
@@ -103,9 +100,7 @@ class _Reader:
 
     def request(self, body: JSONValue) -> ParsedRequest:
         source = as_object(body, "")
-        for name in source.keys() - REQUEST.keys() - self.options.extra_fields.keys():
-            if _GUARD.search(name):
-                raise unsupported_field(join("", name), "cannot configure a guard")
+        refuse_guards(source.keys() - REQUEST.keys() - self.options.extra_fields.keys())
         admitted = admit(REQUEST, source, "", self.options)
         kept = admitted.kept
         definitions: list[Definition] = []
@@ -121,7 +116,7 @@ class _Reader:
         definitions += [Definition(name, text) for name, text in admitted.texts.items()]
         definitions += [Definition(name, text) for name, text in admitted.extras.items()]
         for name in (name for name, rule in REQUEST.items() if rule is Rule.CHOICE):
-            if (said := kept.get(name)) is not None and said not in _USUAL:
+            if (said := kept.get(name)) is not None and said not in USUAL:
                 definitions.append(Definition(name, json_text(said)))
         if (stop := source.get("stop")) is not None:
             stops = [stop] if isinstance(stop, str) else as_list(stop, "stop", _STOPS)
@@ -146,9 +141,9 @@ class _Reader:
             conversation=Conversation(tuple(messages), tuple(definitions)),
             body=in_order(source, kept),
             model=model if isinstance(model, str) else None,
-            stream=_flag(source.get("stream"), "stream"),
+            stream=as_flag(source.get("stream"), "stream"),
             choices=_choices(source, self.limits),
-            include_usage=_flag(stream_options.get("include_usage"), "stream_options.include_usage"),
+            include_usage=as_flag(stream_options.get("include_usage"), "stream_options.include_usage"),
             sites=tuple(self.sites),
             place=to_data_url,
         )
@@ -292,12 +287,6 @@ def _reasoning(admitted: Admitted) -> list[str]:
     return list(dict.fromkeys(text for text in found if text is not None))
 
 
-def _flag(value: JSONValue, path: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise invalid(path, "must be a boolean")
-    return bool(value)
-
-
 def _choices(source: dict[str, JSONValue], limits: Limits) -> int:
     n = source.get("n")
     if n is None:
@@ -319,12 +308,11 @@ def _metadata(value: JSONValue) -> tuple[dict[str, JSONValue], list[Definition]]
     source = as_object(value, "metadata")
     if len(source) > _METADATA:
         raise invalid("metadata", f"has more than {_METADATA} entries")
+    refuse_guards(source, "metadata")
     notes: list[Definition] = []
     for key, item in source.items():
         if not _METADATA_KEY.fullmatch(key) or not isinstance(item, str) or len(item) > 512:
             raise invalid("metadata", "keys must be short words, values strings of at most 512 characters")
-        if _GUARD.search(key):
-            raise unsupported_field("metadata", "cannot configure moderation")
         if not _LABEL.fullmatch(item):
             notes.append(Definition("metadata", f"{key}: {item}"))
     return dict(source), notes

@@ -150,20 +150,17 @@ class ChatStreamParser:
         self._cut.add(choice)
         delta, finish_reason = blocked(notice.message, soft)
         ending: JSONValue = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return sse.encode(dumps({**self._envelope, "choices": [ending]}))
+        said = explain(Ruling(None, {choice: notice}))
+        return sse.encode(dumps({**self._envelope, "choices": [ending], **said}))
 
     def close(self, ruling: Ruling) -> bytes:
         """The chunks that end the choices, in the order in which they ended, the moderation, usage, ``[DONE]``."""
         endings = [piece for index, piece in self._endings.items() if index not in self._cut]
         frames: list[dict[str, JSONValue]] = [{**piece.body, "choices": [piece.choice]} for piece in endings]
-        said = explain(ruling)
         if frames:
-            frames[-1].update(said)
-        elif said:  # every choice was cut: a chunk of its own, with a choice, because clients read choices[0]
-            told: JSONValue = {"index": min(self._cut), "delta": {}, "logprobs": None, "finish_reason": None}
-            frames.append({**self._envelope, "choices": [told], **said})
+            frames[-1].update(explain(ruling))
         if self._request.include_usage and self._usage is not None:
-            body = self._usage if frames and endings else {**self._envelope, "usage": self._usage["usage"]}
+            body = self._usage if endings else {**self._envelope, "usage": self._usage["usage"]}
             frames.append({**body, "choices": []})
         return b"".join([*(sse.encode(dumps(frame)) for frame in frames), sse.encode(DONE)])
 
@@ -206,7 +203,7 @@ class ChatStreamParser:
         if finish_reason is not None:
             self._endings[index] = _Piece(
                 {name: body[name] for name in _ENVELOPE if name in body},
-                {"index": index, "delta": sent, "logprobs": None, "finish_reason": finish_reason},
+                {"index": index, "delta": sent, **outer.kept, "finish_reason": finish_reason},
             )
 
     def _delta(

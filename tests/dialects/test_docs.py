@@ -20,6 +20,7 @@ CLASSES = {
     Rule.CHOICE: "moderated",
     Rule.NUMBERS: "constrained",
     Rule.IDENTIFIER: "opaque",
+    Rule.SEALED: "opaque",
     Rule.OFF: "refused",
     Rule.REFUSED: "refused",
     Rule.DROPPED: "dropped",
