@@ -31,8 +31,8 @@ from guard_middleware.dialects.chat_fields import (
 )
 from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
-    Admitted,
     USUAL,
+    Admitted,
     FieldError,
     Rule,
     admit,
