@@ -15,7 +15,6 @@ Refuses:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from guard_middleware.dialects.base import MediaSite, Options, ParsedRequest
@@ -31,10 +30,8 @@ from guard_middleware.dialects.chat_fields import (
 )
 from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
-    USUAL,
     Admitted,
     FieldError,
-    Rule,
     admit,
     as_flag,
     as_list,
@@ -43,12 +40,19 @@ from guard_middleware.dialects.fields import (
     as_word,
     in_order,
     invalid,
-    is_scalar,
     json_text,
     refuse_guards,
     unsupported_content,
 )
-from guard_middleware.errors import RejectKind, RequestRejected
+from guard_middleware.dialects.request_shared import (
+    bounded,
+    read_bias,
+    read_metadata,
+    read_stops,
+    rejecting,
+    unusual,
+)
+from guard_middleware.errors import RejectKind
 from guard_middleware.limits import Limits
 from guard_middleware.media import to_data_url
 from guard_middleware.strictjson import JSONValue
@@ -68,8 +72,6 @@ from guard_middleware.types import (
 _MESSAGES = 4096
 _PARTS = 1024
 _TOOLS = 128
-_STOPS = 16
-_METADATA = 16
 _ROLE: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -78,17 +80,11 @@ _ROLE: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
-_METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_LABEL = re.compile(r"[!-~]{0,256}")
-_TOKEN = re.compile(r"-?[0-9]{1,10}", re.ASCII)
 
 
 def parse_request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest:
     """Read a request body; raises ``RequestRejected`` and nothing else."""
-    try:
-        return _Reader(limits, options).request(body)
-    except FieldError as error:
-        raise RequestRejected(error.kind, error.message, param=error.path or None) from None
+    return rejecting(lambda: _Reader(limits, options).request(body))
 
 
 @dataclass(slots=True)
@@ -115,20 +111,17 @@ class _Reader:
                 definitions.append(Definition("response_format", json_text(response_format)))
         definitions += [Definition(name, text) for name, text in admitted.texts.items()]
         definitions += [Definition(name, text) for name, text in admitted.extras.items()]
-        for name in (name for name, rule in REQUEST.items() if rule is Rule.CHOICE):
-            if (said := kept.get(name)) is not None and said not in USUAL:
-                definitions.append(Definition(name, json_text(said)))
+        definitions += unusual(REQUEST, kept)
         if (stop := source.get("stop")) is not None:
-            stops = [stop] if isinstance(stop, str) else as_list(stop, "stop", _STOPS)
-            definitions += [Definition("stop", as_str(item, f"stop[{i}]")) for i, item in enumerate(stops)]
+            definitions += read_stops(stop)
             kept["stop"] = stop
 
         kept["messages"], messages = self.messages(source.get("messages"))
         if (metadata := source.get("metadata")) is not None:
-            kept["metadata"], notes = _metadata(metadata)
+            kept["metadata"], notes = read_metadata(metadata)
             definitions += notes
         if (bias := source.get("logit_bias")) is not None:
-            kept["logit_bias"] = _bias(bias)
+            kept["logit_bias"] = read_bias(bias)
         if (modalities := source.get("modalities")) is not None:
             if modalities != ["text"]:
                 raise unsupported_content("modalities", "only text output can be moderated")
@@ -142,7 +135,7 @@ class _Reader:
             body=in_order(source, kept),
             model=model if isinstance(model, str) else None,
             stream=as_flag(source.get("stream"), "stream"),
-            choices=_choices(source, self.limits),
+            choices=bounded(source.get("n"), "n", self.limits.choices),
             include_usage=as_flag(stream_options.get("include_usage"), "stream_options.include_usage"),
             sites=tuple(self.sites),
             place=to_data_url,
@@ -285,34 +278,3 @@ class _Reader:
 def _reasoning(admitted: Admitted) -> list[str]:
     found = (admitted.texts.get(name) for name in ("reasoning", "reasoning_content"))
     return list(dict.fromkeys(text for text in found if text is not None))
-
-
-def _choices(source: dict[str, JSONValue], limits: Limits) -> int:
-    n = source.get("n")
-    if n is None:
-        return 1
-    if type(n) is not int or not 1 <= n <= limits.choices:
-        raise invalid("n", f"must be an integer from 1 to {limits.choices}")
-    return n
-
-
-def _bias(value: JSONValue) -> dict[str, JSONValue]:
-    source = as_object(value, "logit_bias")
-    if not all(_TOKEN.fullmatch(key) and is_scalar(item) for key, item in source.items()):
-        raise invalid("logit_bias", "must be numbers by token id")
-    return source
-
-
-def _metadata(value: JSONValue) -> tuple[dict[str, JSONValue], list[Definition]]:
-    """Bounded as OpenAI bounds it, and never about guards. Labels pass unread; what could be prose is read."""
-    source = as_object(value, "metadata")
-    if len(source) > _METADATA:
-        raise invalid("metadata", f"has more than {_METADATA} entries")
-    refuse_guards(source, "metadata")
-    notes: list[Definition] = []
-    for key, item in source.items():
-        if not _METADATA_KEY.fullmatch(key) or not isinstance(item, str) or len(item) > 512:
-            raise invalid("metadata", "keys must be short words, values strings of at most 512 characters")
-        if not _LABEL.fullmatch(item):
-            notes.append(Definition("metadata", f"{key}: {item}"))
-    return dict(source), notes
