@@ -18,17 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from guard_middleware import sse
+from guard_middleware.dialects.answer_shared import DONE, read_chunk, read_envelope, read_index, upstream_error
 from guard_middleware.dialects.base import Answer, Frame, Notice, Options, ParsedRequest, PublicError, Ruling, Said
 from guard_middleware.dialects.chat_fields import CALL, CHUNK, CHUNK_CHOICE, DELTA, TOOL_CALLS
 from guard_middleware.dialects.chat_moderation import explain
-from guard_middleware.dialects.chat_response import (
-    blocked,
-    check_role,
-    read_envelope,
-    read_index,
-    spoken,
-    upstream_error,
-)
+from guard_middleware.dialects.chat_response import blocked, check_role, spoken
 from guard_middleware.dialects.chat_shared import arguments_text, read_annotations
 from guard_middleware.dialects.fields import (
     FieldError,
@@ -43,11 +37,9 @@ from guard_middleware.dialects.fields import (
 )
 from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
-from guard_middleware.strictjson import JSONValue, StrictJSONError, dumps, loads
+from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Text, ToolCall
 
-SSE_TYPE = b"text/event-stream; charset=utf-8"
-DONE = "[DONE]"
 _CALLS = 128
 _PER_CHUNK = 64
 #: what an ending of ours repeats of the upstream's chunks: identity, never content
@@ -117,17 +109,12 @@ class ChatStreamParser:
         """Take one event; raises ``UpstreamError``."""
         if self._done:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "data after [DONE]")
-        if event.event == "error":
-            raise UpstreamError(UpstreamErrorKind.RESET, "the upstream reported an error inside its stream")
-        if event.event not in ("", "message"):
-            raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a named event in a stream of this API")
-        if event.data.strip(" ") == DONE:
+        chunk = read_chunk(event)
+        if chunk is None:
             self._done = True
             return ()
         try:
-            return self._chunk(loads(event.data.encode("utf-8")))
-        except (StrictJSONError, UnicodeEncodeError):
-            raise UpstreamError(UpstreamErrorKind.MALFORMED, "an event that is not JSON") from None
+            return self._chunk(chunk)
         except FieldError as error:
             raise upstream_error(error) from None
 
@@ -167,8 +154,7 @@ class ChatStreamParser:
     def fail(self, error: PublicError) -> bytes:
         return sse.encode(openai_error(error, prompt_param="messages").body) + sse.encode(DONE)
 
-    def _chunk(self, value: JSONValue) -> list[Frame]:
-        source = as_object(value, "")
+    def _chunk(self, source: dict[str, JSONValue]) -> list[Frame]:
         admitted = read_envelope(CHUNK, source, self._options)
         _gather(self._extras, admitted.extras)
         body = {name: value for name, value in admitted.kept.items() if name != "usage"}
