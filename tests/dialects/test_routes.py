@@ -12,6 +12,13 @@ def test_known_routes() -> None:
     chat = route("POST", b"/v1/chat/completions").dialect
     assert chat is not None
     assert chat.name == "chat_completions"
+    legacy = route("POST", b"/v1/completions").dialect
+    assert legacy is not None
+    assert legacy.name == "completions"
+    for path in (b"/v1/messages", b"/v1/messages/count_tokens"):
+        messages = route("POST", path).dialect
+        assert messages is not None
+        assert messages.name == "messages"
 
 
 @pytest.mark.parametrize(
@@ -56,9 +63,13 @@ def test_the_list_of_models_passes_through(path: bytes) -> None:
         b"/v1/chat/completions/batch",
         b"/v1/chat/completions/render",
         b"/v1/chat/completions/chatcmpl-1",
-        b"/v1/completions",
+        b"/v1/completions/",
+        b"/v1/completions/cmpl-1",
         b"/v1/responses",
-        b"/v1/messages",
+        b"/v1/messages/batches",
+        b"/v1/messages/",
+        b"/v1//messages",
+        b"/v1/messages/count_tokens/",
         b"/v1/embeddings",
         b"/v1/rerank",
         b"/v1/audio/speech",
