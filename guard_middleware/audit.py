@@ -171,6 +171,8 @@ class AuditLog:
             "tokens": {"prompt": usage.prompt, "completion": usage.completion, "reasoning": usage.reasoning},
             "drawn_text_chars": [len(text) for text in verdict.drawn_text],
             "timings": dict(verdict.timings),
+            "cached": verdict.cached,
+            "left_out": dict(verdict.left_out),
         }
 
     async def aclose(self) -> None:

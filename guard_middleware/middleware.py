@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard_middleware import config as configuration
-from guard_middleware import dialects, enforce, media
+from guard_middleware import dialects, enforce
 from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
 from guard_middleware.errors import GuardMiddlewareError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.runtime import Runtime
@@ -42,7 +42,6 @@ from guard_middleware.transaction import (
     Stop,
     Transaction,
 )
-from guard_middleware.types import Blob
 from guard_middleware.wire import ModerationRequest
 
 if TYPE_CHECKING:
@@ -138,6 +137,7 @@ class _Exchange:
         self._waiting_bytes = 0
         self._first_byte: float | None = None
         self._held_for = 0.0
+        self._who = ""
 
     async def run(self) -> None:
         tx = self._tx
@@ -169,6 +169,7 @@ class _Exchange:
             record = tx.record(() if self._first_byte is None else ((HOLD_BACK, self._held_for),))
             self._runtime.audit.write(record, trace_id=self._span.trace_id)
             self._span.finish(record)
+            self._runtime.caches.guard.settled(record)
 
     def _do(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -216,6 +217,7 @@ class _Exchange:
             except TimeoutError:
                 self._do(self._tx.silent())
                 continue
+            await self._remember()
             match command:
                 case BaseException():
                     raise command
@@ -266,7 +268,16 @@ class _Exchange:
         parsed = route.dialect.parse_request(value, runtime.config.limits, options)
         if parsed.sites:
             parsed = await self._with_media(parsed)
+        self._who = runtime.caches.scopes.of(who.tenant, self._headers)
+        if parsed.continues is not None:
+            parsed = parsed.with_history(await runtime.caches.history.find(self._who, parsed.continues))
         return self._tx.request(parsed)
+
+    async def _remember(self) -> None:
+        """Keeps what a later request may continue, before the client has the whole answer and can do so."""
+        history, self._tx.history = self._tx.history, None
+        if history is not None:
+            await self._runtime.caches.history.remember(self._who, *history)
 
     def _header(self, name: bytes) -> str | None:
         """The only value of a header; a repeated one is refused, because two readers may choose differently."""
@@ -310,15 +321,9 @@ class _Exchange:
         if len(parsed.sites) > limits.images:
             raise RequestRejected(RejectKind.TOO_MANY_IMAGES, f"at most {limits.images} images are accepted")
 
-        async def canonical(uri: str) -> Blob:
-            if media.classify(uri) == "http":
-                data = await self._runtime.fetch(uri)
-                return await self._runtime.decode(lambda: media.canonicalise(data, limits))
-            return await self._runtime.decode(lambda: media.canonicalise(media.decode_data_url(uri, limits), limits))
-
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {uri: group.create_task(canonical(uri)) for uri in parsed.media}
+                tasks = {uri: group.create_task(self._runtime.image(uri)) for uri in parsed.media}
         except* RequestRejected as errors:
             raise _first(errors) from None
         return parsed.with_media({uri: task.result() for uri, task in tasks.items()})

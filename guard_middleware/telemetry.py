@@ -109,6 +109,8 @@ class _Instruments:
         self.reasoning_tokens = counter("guard.reasoning_tokens", "{token}", "The reasoning's share of output tokens.")
         self.bypassed = counter("bypassed", "{pass}", "What passed without a verdict, by reason.")
         self.hold_back = seconds("hold_back.duration", "How long answers were held back.")
+        self.cache = counter("cache.lookups", "{lookup}", "Questions by what the cache of verdicts knew.")
+        self.cache_errors = counter("cache.errors", "{error}", "What a cache in Redis failed at, by kind.")
         self.unscreened = counter("unscreened.bytes", "By", "Answer bytes released without a verdict; must stay 0.")
 
 
@@ -182,6 +184,18 @@ class Telemetry:
     def request(self, method: str, path: str, headers: Headers, scheme: str = "http") -> RequestSpan:
         """Opens the span of one request, below the span that runs now or the caller's ``traceparent``."""
         return RequestSpan(self, method, path, headers, scheme)
+
+    def cache_lookup(self, result: str) -> None:
+        """Counts one question: ``hit``, ``miss`` or ``coalesced`` (it waited for the same one of another request)."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.cache.add(1, {"guard_middleware.cache.result": result})
+
+    def cache_error(self, kind: str) -> None:
+        """Counts an operation that failed (``redis``) or an entry that did not verify (``forged``)."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.cache_errors.add(1, {"error.type": kind})
 
     async def aclose(self) -> None:
         """Exports what is waiting and stops own providers; gives up on a collector that hangs for 5 seconds."""
@@ -462,6 +476,9 @@ class GuardSpan:
             if telemetry.reasoning:
                 result["gen_ai.evaluation.explanation"] = _utf8(telemetry.redact(verdict.reasoning))
             span.add_event("gen_ai.evaluation.result", result)
+        if verdict.cached:
+            span.set_attribute("guard_middleware.cached", True)
+        span.set_attributes({f"guard_middleware.left_out.{what}": count for what, count in verdict.left_out})
         timings = dict(verdict.timings)
         span.set_attributes({f"guard_middleware.seconds.{stage}": seconds for stage, seconds in timings.items()})
         started_ns = max(self._started_ns, ended_ns - int(timings.get("generate", 0.0) * 1e9))

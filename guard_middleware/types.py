@@ -119,6 +119,9 @@ class Verdict:
 
     Scores are the guard's probability of *harmful*, 0..1. ``drawn_text`` is what the reader found in
     each image, in image order. ``timings`` are seconds by stage (queue, reader, generate).
+
+    ``cached`` says that this verdict was known, or was just being made for somebody else: it cost no tokens now.
+    ``left_out`` counts what of earlier turns was judged before and not read again (``characters``, ``images``).
     """
 
     request: Label
@@ -132,6 +135,8 @@ class Verdict:
     categories: tuple[str, ...] = ()
     drawn_text: tuple[str, ...] = ()
     timings: tuple[tuple[str, float], ...] = ()
+    cached: bool = False
+    left_out: tuple[tuple[str, int], ...] = ()
 
     def label(self, source: Source) -> Label | None:
         return self.request if source == "input" else self.response
