@@ -1,6 +1,7 @@
 """The error body of Anthropic's APIs, and the same inside a stream.
 
-``details.error_code`` is our code: the anthropic SDKs show it as ``error_code``, as they show ``type``.
+``details.error_code`` is our code: the anthropic SDKs show it as ``error_code``, as they show ``type``. A thread whose
+earlier turns did not pass here is not found, in the service's own word: its clients then send all of it again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from guard_middleware.strictjson import JSONValue, dumps
 
 JSON_TYPE = b"application/json"
 _REQUEST_ID = b"request-id"
+_THREAD_NOT_FOUND = "thread_not_found"
 _BY_STATUS: Final = {
     401: "authentication_error",
     402: "billing_error",
@@ -42,7 +44,8 @@ def error_event(error: PublicError) -> bytes:
 def _body(error: PublicError) -> dict[str, JSONValue]:
     known = error.type if error.type in _TYPES else None
     kind = _BY_STATUS.get(error.status) or known or ("invalid_request_error" if error.status < 500 else "api_error")
-    details: dict[str, JSONValue] = {"error_code": error.code, **(error.detail or {})}
+    code = _THREAD_NOT_FOUND if error.param == "previous_response_id" else error.code
+    details: dict[str, JSONValue] = {"error_code": code, **(error.detail or {})}
     return {"type": "error", "error": {"type": kind, "message": error.message, "details": details}}
 
 

@@ -91,7 +91,9 @@ class ParsedRequest:
     def with_history(self, history: Conversation) -> ParsedRequest:
         """The same request after the messages and the answer of an earlier one, as the guard should see it."""
         before = history.messages if history.answer is None else (*history.messages, history.answer)
-        return replace(self, conversation=replace(self.conversation, messages=(*before, *self.conversation.messages)))
+        own = self.conversation
+        definitions = tuple(dict.fromkeys((*history.definitions, *own.definitions)))
+        return replace(self, conversation=replace(own, messages=(*before, *own.messages), definitions=definitions))
 
     def encode(self) -> bytes:
         """The body to send on, as JSON."""

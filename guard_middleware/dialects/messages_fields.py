@@ -38,7 +38,7 @@ REQUEST: Final[Table] = {
     "stream": Rule.NESTED,
     "system": Rule.NESTED,
     "thinking": Rule.WORDS,
-    "thread": Rule.REFUSED,  # state on the server
+    "thread": Rule.NESTED,
     "tool_choice": Rule.NESTED,
     "tools": Rule.NESTED,
     # vendors
@@ -49,6 +49,8 @@ REQUEST: Final[Table] = {
     "top_k": Rule.SCALAR,
     "top_p": Rule.SCALAR,
 }
+#: a conversation that the service keeps: works where every turn of it went through here
+THREAD: Final[Table] = {"type": Rule.NESTED, "previous_message_id": Rule.IDENTIFIER}
 METADATA: Final[Table] = {"user_id": Rule.IDENTIFIER}
 OUTPUT_CONFIG: Final[Table] = {"effort": Rule.CHOICE, "format": Rule.JSON, "task_budget": Rule.WORDS}
 TOOL_CHOICE: Final[Table] = {

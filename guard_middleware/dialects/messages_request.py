@@ -7,18 +7,20 @@ so that a conversation reads as it would in any other dialect.
 
 Ids of calls are the one thing that chat templates show the model and no guard reads, so they are renamed in the order
 in which they appear (``call00001``; ``srvtoolu_00001`` for calls that the service ran). The same history is renamed
-alike in every turn, so that prompt caches and the binding of thinking blocks to what stands before them hold.
+alike in every turn, so that prompt caches and the binding of thinking blocks to what stands before them hold. A
+request that continues a thread names calls of an answer that the service holds: their ids stay, if they look like ids.
 
 Refuses:
 - unknown roles, block types, tool types, and fields that can carry content; blocks where they do not belong;
 - files, PDFs, containers, MCP servers, server-run tools that read what the guard cannot;
-- server-side compaction, context editing and threads: the model would read something else than the guard;
+- server-side compaction and context editing: the model would read something else than the guard;
 - more images than the limit, values of the wrong type.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -27,6 +29,7 @@ from guard_middleware.dialects.fields import (
     FieldError,
     admit,
     as_flag,
+    as_identifier,
     as_list,
     as_object,
     as_str,
@@ -36,6 +39,7 @@ from guard_middleware.dialects.fields import (
     json_text,
     refuse_guards,
     unsupported_content,
+    unsupported_field,
 )
 from guard_middleware.dialects.messages_blocks import BlockReader, Path
 from guard_middleware.dialects.messages_fields import (
@@ -44,6 +48,7 @@ from guard_middleware.dialects.messages_fields import (
     REQUEST,
     ROLES,
     SERVER_TOOLS,
+    THREAD,
     TOOL_CHOICE,
     TOOLS,
 )
@@ -57,6 +62,7 @@ _MESSAGES = 4096
 _TOOLS = 512
 _STOPS = 128
 _SERVER_ID = "srvtoolu_"
+_MACHINE_ID = re.compile(r"[A-Za-z]{1,16}[_-][A-Za-z0-9]{1,64}")
 
 
 def parse_request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest:
@@ -75,6 +81,7 @@ class _Reader:
     options: Options
     sites: list[MediaSite] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
+    continues: str | None = None
     blocks: BlockReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,9 +93,12 @@ class _Reader:
         admitted = admit(REQUEST, source, "", self.options)
         kept = admitted.kept
         definitions: list[Definition] = []
-        server_tools = False
+        if (thread := source.get("thread")) is not None:
+            kept["thread"] = self.thread(thread)
+        server_tools = self.continues is not None  # the thread may have such tools; nothing here says so
         if (tools := source.get("tools")) is not None:
-            kept["tools"], definitions, server_tools = self.tools(tools)
+            kept["tools"], definitions, runs = self.tools(tools)
+            server_tools = server_tools or runs
         for name, read in (("tool_choice", self.tool_choice), ("output_config", self.output_config)):
             if (value := source.get(name)) is not None:
                 kept[name], found = read(value)
@@ -120,8 +130,19 @@ class _Reader:
             include_usage=True,
             sites=tuple(self.sites),
             place=place,
+            continues=self.continues,
             server_tools=server_tools,
         )
+
+    def thread(self, value: JSONValue) -> dict[str, JSONValue]:
+        """A thread that is begun, or continued after the answer that it names."""
+        kept = admit(THREAD, value, "thread", self.options).kept
+        kept["type"] = kind = as_word(as_object(value, "thread").get("type"), "thread.type")
+        if kind not in ("create", "continue"):
+            raise unsupported_field("thread.type", "cannot be moderated")
+        if kind == "continue":
+            self.continues = as_identifier(kept.get("previous_message_id"), "thread.previous_message_id")
+        return kept
 
     def tools(self, value: JSONValue) -> tuple[list[JSONValue], list[Definition], bool]:
         """(what is kept, what the guard reads, whether the service runs one of them)."""
@@ -192,6 +213,10 @@ class _Reader:
 
     def id(self, value: JSONValue, path: str) -> str:
         said = as_str(value, path)
+        if self.continues is not None:
+            if not _MACHINE_ID.fullmatch(said):
+                raise invalid(path, "must be the id of a call")
+            return said
         # Nine letters and digits: Mistral's templates accept no other ids. The service wants its own prefix back.
         new = f"{_SERVER_ID if said.startswith(_SERVER_ID) else 'call'}{len(self.ids) + 1:05d}"
         return self.ids.setdefault(said, new)

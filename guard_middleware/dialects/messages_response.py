@@ -40,8 +40,7 @@ class ParsedMessage:
 
     body: dict[str, JSONValue]
     answers: tuple[Answer, ...]
-
-    answer_id = None  # the API keeps nothing that a later request could continue
+    answer_id: str | None
 
     @property
     def content_type(self) -> bytes:
@@ -88,6 +87,12 @@ def explained(ruling: Ruling) -> dict[str, JSONValue]:
     return {"x_guard": said["x_guard"]} if said else {}
 
 
+def thread_id(request: ParsedRequest, message: dict[str, JSONValue]) -> str | None:
+    """The id by which a thread goes on after this answer; None where the service keeps no thread."""
+    id = message.get("id")
+    return id if isinstance(id, str) and request.body.get("thread") is not None else None
+
+
 def reader(options: Options) -> BlockReader:
     """Reads the blocks of an answer."""
     return BlockReader(options, printed=False, id=as_identifier)
@@ -104,7 +109,9 @@ def parse_response(body: JSONValue, request: ParsedRequest, options: Options) ->
             raise invalid("content", "must be an array of blocks")
         kept["content"], said = reader(options).content(source["content"], "assistant", "content", ("content",))
         message = Message("assistant", tuple(part for part in (*said, *parts) if part != Text("")))
-        return ParsedMessage(in_order(source, kept) | kept, (Answer(0, message, stop_reason),))
+        return ParsedMessage(
+            in_order(source, kept) | kept, (Answer(0, message, stop_reason),), thread_id(request, kept)
+        )
     except FieldError as error:
         raise upstream_error(error) from None
 

@@ -25,7 +25,14 @@ from guard_middleware.dialects.chat_shared import arguments_text
 from guard_middleware.dialects.fields import Admitted, FieldError, admit, as_object, in_order, invalid
 from guard_middleware.dialects.messages_blocks import CALLS, typed
 from guard_middleware.dialects.messages_fields import DELTAS, ENDING, EVENTS
-from guard_middleware.dialects.messages_response import explained, read_ending, read_envelope, reader, refusal
+from guard_middleware.dialects.messages_response import (
+    explained,
+    read_ending,
+    read_envelope,
+    reader,
+    refusal,
+    thread_id,
+)
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Reasoning, Text, ToolCall
@@ -70,7 +77,6 @@ class MessagesStreamParser:
     """``base.StreamParser`` of this API."""
 
     keep_alive = encode({"type": "ping"})
-    answer_id = None
 
     def __init__(self, request: ParsedRequest, options: Options) -> None:
         self._request, self._options = request, options
@@ -86,6 +92,10 @@ class MessagesStreamParser:
         self._sent = 0
         self._sent_open: int | None = None
         self._blocked: tuple[Notice, bool] | None = None
+
+    @property
+    def answer_id(self) -> str | None:
+        return thread_id(self._request, self._message or {})
 
     def feed(self, event: sse.Event) -> Sequence[Frame]:
         """Take one event; raises ``UpstreamError``."""

@@ -141,6 +141,7 @@ OBJECTS: list[tuple[Table, Any]] = [
     (table.REQUEST, beta_create_params.MessageCreateParamsStreaming),
     (table.REQUEST, beta_create_params.MessageCreateParamsNonStreaming),
     (table.REQUEST, beta_count_tokens_params.MessageCountTokensParams),
+    *((table.THREAD, kind) for kind in kinds(beta.BetaMessageThreadParam)),
     (table.METADATA, stable.MetadataParam),
     (table.METADATA, beta.BetaMetadataParam),
     (table.OUTPUT_CONFIG, stable.OutputConfigParam),

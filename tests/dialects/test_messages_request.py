@@ -173,7 +173,11 @@ READ: list[tuple[str, str, Any]] = [
     ("tool custom", "input_schema", tool(input_schema={"properties": {MARK: {}}})),
     ("tool custom", "input_examples", tool(input_examples=[{"a": MARK}])),
     *(
-        (f"tool {kind}", name, ask(tools=[{"type": kind, "name": "f", name: {"x": MARK} if rule is Rule.JSON else MARK}]))
+        (
+            f"tool {kind}",
+            name,
+            ask(tools=[{"type": kind, "name": "f", name: {"x": MARK} if rule is Rule.JSON else MARK}]),
+        )
         for kind, rules in messages_fields.TOOLS.items()
         if rules is not None and kind != "custom" and "name" in rules
         for name, rule in rules.items()
@@ -259,7 +263,8 @@ UNSUPPORTED_FIELD = [
     ask(context_management={"edits": [{"type": "clear_tool_uses_20250919"}]}),
     ask(compaction={"type": "summarize", "instructions": MARK}),
     ask(fallbacks=[{"model": "other"}]),
-    ask(thread={"type": "continue", "previous_message_id": "msg_1"}),
+    ask(thread={"type": "x_new"}),
+    ask(thread={"type": "create", "x_new": MARK}),
     ask(prompt=MARK),
     ask(store=True),
     ask(logprobs=True),
@@ -322,6 +327,10 @@ INVALID = [
     ask(assistant({"type": "redacted_thinking", "data": base64.b64encode(MARK.encode() * 20).decode()})),
     ask(assistant({"type": "redacted_thinking", "data": SEALED * 1100})),
     ask(stream="yes"),
+    ask(thread="create"),
+    ask(thread={"type": "continue"}),
+    ask(thread={"type": "continue", "previous_message_id": MARK}),
+    ask(user([result("x", tool_use_id=MARK)]), thread={"type": "continue", "previous_message_id": "msg_1"}),
     ask(stop_sequences=[1]),
     ask(stop_sequences="x"),
     ask(temperature="hot"),
@@ -434,6 +443,19 @@ def test_ids_of_calls_cannot_carry_words_and_are_the_same_in_every_turn() -> Non
     assert first["messages"][0]["content"][0]["id"] == first["messages"][1]["content"][0]["tool_use_id"] == "call00001"
     assert second["messages"][2]["content"][0]["id"] == "srvtoolu_00002"
     assert second["messages"][4]["content"][0]["caller"]["tool_id"] == "srvtoolu_00002"
+
+
+def test_a_thread_is_begun_and_continued_after_an_answer_whose_calls_keep_their_ids() -> None:
+    begun = parse(ask(thread={"type": "create"}))
+    assert (begun.continues, begun.server_tools, begun.body["thread"]) == (None, False, {"type": "create"})
+    body = ask(user([result("x")]), thread={"type": "continue", "previous_message_id": "msg_1"})
+    parsed = parse(body)
+    assert json.loads(parsed.encode()) == body
+    assert (parsed.continues, parsed.server_tools) == ("msg_1", True)
+    before = Conversation((Message("user", (Text("hello"),)),), (Definition("tool", "f"),), Message("assistant", ()))
+    whole = parsed.with_history(before).conversation
+    assert [message.role for message in whole.messages] == ["user", "assistant", "tool"]
+    assert whole.definitions == (Definition("tool", "f"),)
 
 
 def test_media_is_replaced_in_the_conversation_and_in_the_body_by_the_same_bytes() -> None:

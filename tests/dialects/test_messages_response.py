@@ -300,7 +300,9 @@ def test_the_upstreams_request_id_is_kept() -> None:
     assert [value for name, value in reply.headers if name == b"request-id"] == [b"req_7"]
 
 
-names = st.sampled_from(sorted({n for t in messages_fields.BLOCKS.values() for n in t or ()} | {*messages_fields.MESSAGE}))
+names = st.sampled_from(
+    sorted({n for t in messages_fields.BLOCKS.values() for n in t or ()} | {*messages_fields.MESSAGE})
+)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=8) | st.just(MARK),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names | st.text(max_size=5), inner, max_size=4),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from guard_middleware.sse import Event
@@ -67,7 +68,7 @@ def called(index: int, pieces: Sequence[str], **fields: Any) -> Events:
 
 def cut_at(text: str, *places: int) -> list[str]:
     marks = [0, *sorted(places), len(text)]
-    return [text[a:b] for a, b in zip(marks, marks[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(marks)]
 
 
 def as_events(bodies: Iterable[dict[str, Any]]) -> list[Event]:
