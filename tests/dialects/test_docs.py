@@ -116,7 +116,7 @@ PAGES = {
             refused("Results of server-run tools", messages_fields.RESULTS),
             refused("Image sources", messages_fields.IMAGE_SOURCES),
             refused("Document sources", messages_fields.DOCUMENT_SOURCES),
-            f"Tools that the model service runs by itself, and that are served: {listed(messages_fields.SERVER_TOOLS)}.",
+            f"Tools that the model service runs by itself: {listed(messages_fields.SERVER_TOOLS)}.",
             *(
                 f"{where}: {listed(kinds)}."
                 for where, kinds in (
