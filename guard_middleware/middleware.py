@@ -202,9 +202,10 @@ class _Exchange:
     async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> None:
         """Feeds whatever breaks in ``work`` to the transaction, and a defect to ``run``."""
         try:
-            await work(*given)
-        except UpstreamError as error:
-            self._do(self._tx.fail(error))
+            try:
+                await work(*given)
+            except UpstreamError as error:
+                self._do(self._tx.fail(error))
         except Exception as error:
             self._outbox.put_nowait(error)
 
@@ -228,8 +229,9 @@ class _Exchange:
                 case Begin(status, headers):
                     self._begun = True
                     await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
-                case Send(data):
-                    self._held(time.perf_counter())
+                case Send(data, alive):
+                    if not alive:
+                        self._held(time.perf_counter())
                     await self._send({"type": "http.response.body", "body": data, "more_body": True})
                     self._waiting_bytes -= len(data)
                     self._gate()
@@ -336,8 +338,11 @@ class _Exchange:
         outcome = await self._runtime.guard.moderate(
             ModerationRequest(call.id, call.conversation, call.source, call.deadline, call.reader, span.traceparent)
         )
-        commands = self._tx.judged(Judged(call, outcome, time.perf_counter() - started))
-        span.end(outcome, self._tx.calls[-1].decision)
+        judged = Judged(call, outcome, time.perf_counter() - started)
+        try:
+            commands = self._tx.judged(judged)  # raises where an answer that came before it cannot be screened
+        finally:
+            span.end(outcome, self._tx.calls[-1].decision)
         self._do(commands)
 
     # -- the upstream --

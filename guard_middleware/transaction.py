@@ -16,7 +16,7 @@ the rest. ``record()`` is what telemetry and the audit log say of the request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -45,11 +45,11 @@ from guard_middleware.types import (
     Action,
     Basis,
     Conversation,
-    Decision,
     GuardCall,
     Outcome,
     Record,
     Source,
+    StreamMode,
     Verdict,
 )
 
@@ -119,9 +119,10 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a piece of the body to the client."""
+    """Send a piece of the body to the client; ``alive`` is a sign of life, nothing of the answer."""
 
     data: bytes
+    alive: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,10 @@ class Transaction:
         self._error: str | None = None
         self._retry_after: float | None = None
         self._sent_status = 0
-        self._leaked = 0
-        self._told: frozenset[int] = frozenset()
+        self._mode: StreamMode | None = None
+        self._leaked = self._shown = 0
+        self._whole: set[int] = set()
+        self._upstream_failed: UpstreamError | None = None
 
     # -- what the carrier learns about the request before it can parse it --
 
@@ -216,18 +219,16 @@ class Transaction:
             return []
         if call.choice is None:
             return self._input_decided(call)
-        self._last[call.choice] = call
         if decision.action is Action.BLOCK and decision.basis is Basis.ERROR:
             return self._guard_failed(call)
-        if window is not None:
-            self._window_decided(window, decision)
+        self._output_judged(call.choice, call, window)
         return self._go_on()
 
     def silent(self) -> list[Command]:
         """Nothing was sent for as long as the policy lets a stream be silent: a sign of life, where one is legal."""
         if self._stream is None or self.phase in (Phase.INPUT, Phase.CLOSED):
             return []
-        return [*self._begin(), Send(self._stream.parser.keep_alive)]
+        return [*self._begin(), Send(self._stream.parser.keep_alive, alive=True)]
 
     @property
     def paused(self) -> bool:
@@ -253,6 +254,7 @@ class Transaction:
         if streamed != self._request.stream:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "a stream where none was asked for, or the reverse")
         if streamed:
+            self._mode = self._rules.mode
             parser = self._dialect.stream_parser(self._request, self._options)
             self._stream = _Stream(Decoder(), parser, HoldBack(parser, self._rules))
 
@@ -283,8 +285,16 @@ class Transaction:
     # -- endings --
 
     def fail(self, error: RequestRejected | UpstreamError) -> list[Command]:
-        """A refusal before any verdict, or an upstream that broke: everything held is dropped."""
+        """A refusal before any verdict, or an upstream that broke: everything held is dropped.
+
+        In a race the client hears of the upstream only after the input's verdict: a blocked prompt looks the same,
+        whichever was first.
+        """
         if self.phase is Phase.CLOSED:
+            return []
+        if self.phase is Phase.INPUT and isinstance(error, UpstreamError):
+            self._upstream_failed, self._upstream_open = error, False
+            self._drop()
             return []
         if isinstance(error, RequestRejected):
             self._outcome, self._error = "rejected", error.kind.value
@@ -331,6 +341,8 @@ class Transaction:
             answers=tuple(answer.message for answer in self._answers),
             timings=timings,
             leaked_characters=self._leaked,
+            stream_mode=self._mode,
+            released_characters=self._shown,
         )
 
     # -- inside --
@@ -367,6 +379,8 @@ class Transaction:
         assert self._request is not None
         if call.decision.action is not Action.BLOCK:
             self._move(Phase.INPUT, Phase.UPSTREAM)
+            if self._upstream_failed is not None:
+                return self.fail(self._upstream_failed)
             if not self.upstream_called:
                 return [self._forward(self._request.encode())]
             return self._go_on() if self._upstream_open else self._ended()
@@ -412,39 +426,43 @@ class Transaction:
 
     def _ask_whole(self, answer: Answer) -> Ask:
         assert self._request is not None
+        self._whole.add(answer.index)
         self._last.pop(answer.index, None)
         return self._ask("output", answer.index, replace(self._request.conversation, answer=answer.message))
 
-    def _window_decided(self, window: Window, decision: Decision) -> None:
-        assert self._stream is not None
-        if decision.action is Action.BLOCK:
-            self._stream.hold.cut(window.choice)
-        else:
+    def _output_judged(self, choice: int, call: GuardCall, window: Window | None) -> None:
+        """Keeps the verdict that counts for a choice: a block for good, else the one on the whole, in any order."""
+        last = self._last.get(choice)
+        if last is not None and last.decision.action is Action.BLOCK:
+            return
+        blocked = call.decision.action is Action.BLOCK
+        if blocked or window is None or choice not in self._whole:
+            self._last[choice] = call
+        if self._stream is None:
+            return
+        if blocked:
+            self._stream.hold.cut(choice, self._notices()[choice], self._soft)
+        elif window is not None:
             self._stream.hold.cleared(window)
 
     def _go_on(self) -> list[Command]:
         """Whatever the last event made possible: windows to ask about, text to release, the end."""
-        if self.phase is Phase.OUTPUT:
-            return [] if self._open else self._output_decided()
+        if self.phase is Phase.OUTPUT and not self._open:
+            return self._output_decided()
         stream = self._stream
-        if stream is None or self.phase is not Phase.UPSTREAM:
+        if stream is None or self.phase not in (Phase.UPSTREAM, Phase.OUTPUT):
             return []
         assert self._request is not None
-        out: list[Command] = []
-        data = [self._cut(choice) for choice in stream.hold.cut_choices - self._told]
         if len(stream.hold.cut_choices) == self._request.choices:
-            return [*self._finished(b"".join(data))]
+            return self._finished(stream.hold.release())
+        if self.phase is Phase.OUTPUT:
+            return self._send(stream.hold.release()) if stream.begun else []
+        asked: list[Command] = []
         if self._effective.output.moderate:
             for window in stream.hold.due():
                 answered = replace(self._request.conversation, answer=window.message)
-                out.append(self._ask("output", window.choice, answered, window))
-        data.append(stream.hold.release())
-        return [*out, *self._send(b"".join(data))]
-
-    def _cut(self, choice: int) -> bytes:
-        assert self._stream is not None
-        self._told |= {choice}
-        return self._stream.parser.cut(choice, self._notices()[choice], self._soft)
+                asked.append(self._ask("output", window.choice, answered, window))
+        return [*asked, *self._send(stream.hold.release())]
 
     def _output_decided(self) -> list[Command]:
         if self._stream is None:
@@ -453,16 +471,13 @@ class Transaction:
             body = self._answer.render(ruling)
             self._remember(self._answer.answer_id)
             return self._close(self._reply(self._answer.content_type, body, self._settle()))
-        blocked = {index: notice for index, notice in self._notices().items() if notice.action is Action.BLOCK}
-        data = [self._cut(choice) for choice in self._stream.hold.cut_choices - self._told]
-        return self._finished(b"".join([*data, self._stream.hold.finish(blocked, self._soft)]))
+        return self._finished(self._stream.hold.finish())
 
     def _finished(self, data: bytes) -> list[Command]:
         """The end of a stream: every choice has its last verdict, or was cut."""
         stream = self._stream
         assert stream is not None
         data += stream.parser.close(self._ruling())
-        self._leaked = stream.hold.leaked
         self._remember(stream.parser.answer_id)
         action = self._settle()
         stopped = self._stopped()
@@ -569,7 +584,7 @@ class Transaction:
 
     def _drop(self) -> None:
         if self._stream is not None:
-            self._leaked = max(self._leaked, self._stream.hold.leaked)
+            self._leaked, self._shown = self._stream.hold.leaked, self._stream.hold.shown
         self._body.clear()
         self._stream = None
 

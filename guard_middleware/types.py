@@ -189,6 +189,7 @@ class GuardCall:
     seconds: float
 
 
+StreamMode = Literal["hold", "window", "async"]
 Outcome = Literal["allowed", "annotated", "blocked", "guard_error", "rejected", "upstream_error", "aborted"]
 
 
@@ -196,7 +197,8 @@ Outcome = Literal["allowed", "annotated", "blocked", "guard_error", "rejected", 
 class Record:
     """What is known of one request when it is over: the source of its span attributes and of its log line.
 
-    ``leaked_characters`` is the most of one choice that a stream in mode ``async`` showed ahead of its verdict.
+    ``stream_mode`` is how a streamed answer left (None where none came), ``released_characters`` how much of its text.
+    ``leaked_characters`` is the most of one choice that left ahead of its verdict: 0, but in mode ``async``.
     ``conversation`` and ``answers`` are raw content: they are digested, and leave only where the
     operator's configuration captures content.
     """
@@ -220,4 +222,6 @@ class Record:
     conversation: Conversation | None = None
     answers: tuple[Message, ...] = ()
     leaked_characters: int = 0
+    stream_mode: StreamMode | None = None
+    released_characters: int = 0
     timings: tuple[tuple[str, float], ...] = ()

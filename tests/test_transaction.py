@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,8 +205,8 @@ def test_an_unguarded_source_is_not_asked_about() -> None:
     assert tx.record().calls == ()
 
 
-def forwarded(tx: Transaction, *, stream: bool = False) -> Transaction:
-    assert isinstance(only(judge(tx, tx.request(parsed(stream=stream)), verdict())), Forward)
+def forwarded(tx: Transaction, *, stream: bool = False, **extra: Any) -> Transaction:
+    assert isinstance(only(judge(tx, tx.request(parsed(stream=stream, **extra)), verdict())), Forward)
     return tx
 
 
@@ -436,3 +437,100 @@ def test_a_race_that_the_guard_wins_stops_the_upstream_and_says_that_it_was_call
     assert reply.reply.status == 400
     assert (tx.record().outcome, tx.record().upstream_called) == ("blocked", True)
     assert tx.upstream_end() == []
+
+
+def test_a_race_whose_upstream_breaks_first_still_says_that_the_prompt_was_blocked() -> None:
+    tx = transaction(race=True)
+    asked, _ = tx.request(parsed())
+    assert tx.fail(UpstreamError(UpstreamErrorKind.RESET)) == []
+    reply = only(judge(tx, [asked], verdict("harmful"))).reply
+    assert (reply.status, tx.record().outcome) == (400, "blocked")
+
+
+def test_a_race_whose_upstream_breaks_first_says_so_once_the_prompt_is_cleared() -> None:
+    tx = transaction(race=True)
+    asked, _ = tx.request(parsed())
+    tx.fail(UpstreamError(UpstreamErrorKind.RESET))
+    reply = only(judge(tx, [asked], verdict())).reply
+    assert (reply.status, tx.record().outcome, tx.record().error) == (502, "upstream_error", "upstream_reset")
+
+
+def test_a_race_refuses_what_the_upstream_would_act_upon() -> None:
+    tx = transaction(race=True)
+    with pytest.raises(RequestRejected) as caught:
+        tx.request(replace(parsed(), server_tools=True))
+    assert caught.value.kind is RejectKind.UNSUPPORTED_FIELD
+    assert only(tx.fail(caught.value)).reply.status == 400
+    assert not tx.upstream_called
+    assert transaction(race=False).request(replace(parsed(), server_tools=True))
+
+
+# -- answers of several questions, in any order --
+
+END = events("").split(b"\n\n")[-3] + b"\n\ndata: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+@pytest.mark.parametrize("harmful", ["window", "whole"])
+def test_a_block_counts_whichever_question_of_a_choice_is_answered_first(harmful: str, whole_first: bool) -> None:
+    tx = streaming(**WINDOW)
+    (window,) = asks([c for t in TEXT[:40] for c in tx.upstream_data(chunk(t))])
+    (whole,) = asks(tx.upstream_data(END) + tx.upstream_end())
+    outcomes = {name: verdict(response="harmful" if name == harmful else "unharmful") for name in ("window", "whole")}
+    questions = [(whole, outcomes["whole"]), (window, outcomes["window"])]
+    commands: list[Any] = []
+    for ask, outcome in questions if whole_first else questions[::-1]:
+        if tx.phase is not Phase.CLOSED:
+            commands += judge(tx, [ask], outcome)
+    assert said(commands) == ""
+    assert b'"content_filter"' in b"".join(c.reply.body for c in commands if isinstance(c, Respond))
+    assert (tx.record().outcome, tx.record().released_characters) == ("blocked", 0)
+
+
+def of_choice(index: int, text: str, finish: str | None = None, **extra: Any) -> bytes:
+    delta = {"content": text} if text else {}
+    value: Any = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", **extra}
+    value["choices"] = [{"index": index, "delta": delta, "finish_reason": finish}]
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def first_of_each(commands: list[Any]) -> list[int]:
+    """The choices in the order in which a client first hears of them."""
+    data = b"".join(command.data for command in commands if isinstance(command, Send))
+    lines = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
+    return list(dict.fromkeys(choice["index"] for line in lines for choice in line["choices"]))
+
+
+def test_a_choice_that_is_cut_is_not_heard_of_before_those_that_appeared_before_it() -> None:
+    tx = forwarded(transaction(**WINDOW), stream=True, n=2)
+    tx.upstream_head(200, SSE)
+    commands = tx.upstream_data(of_choice(0, "a") + of_choice(1, "x" * 20))
+    commands = judge(tx, commands, verdict(response="harmful"))
+    assert first_of_each(commands) == []
+    commands = tx.upstream_data(of_choice(0, "b" * 20))
+    commands = judge(tx, commands, verdict(response="unharmful"))
+    assert first_of_each(commands) == [0, 1]
+    assert b"content_filter" in commands[-1].data
+
+
+def test_a_choice_that_said_nothing_of_its_own_is_cut_where_what_was_said_of_all_is_harmful() -> None:
+    options = Options(extra_fields={"x_note": "moderated"})
+    tx = transaction()
+    tx.routed(CHAT_COMPLETIONS, options, tx._effective)
+    forwarded(tx, stream=True, n=2)
+    tx.upstream_head(200, SSE)
+    tx.upstream_data(of_choice(0, "hello", "stop") + of_choice(1, "", "stop", x_note="a note") + b"data: [DONE]\n\n")
+    commands = judge(tx, tx.upstream_end(), *[verdict(response="harmful")] * 2)
+    assert commands[-1].reply.body.count(b'"finish_reason":"content_filter"') == 2
+    assert b'"finish_reason":"stop"' not in commands[-1].reply.body
+
+
+def test_a_long_hold_back_comes_out_as_it_went_in() -> None:
+    tx = streaming()
+    words = [f"w{n} " for n in range(3000)]
+    for word in words:
+        tx.upstream_data(chunk(word))
+    tx.upstream_data(END)
+    commands = judge(tx, tx.upstream_end(), verdict(response="unharmful"))
+    assert said(commands) == "".join(words)
+    assert tx.record().released_characters == len("".join(words))

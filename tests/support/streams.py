@@ -21,12 +21,10 @@ class Finished:
     def render(self, ruling: Ruling) -> bytes:
         hold = HoldBack(self.parser, StreamRules())
         hold.feed(self.frames)
-        blocked = {
-            answer.index: ruling.choices[answer.index]
-            for answer in self.answers
-            if ruling.blocked(answer.index, bool(answer.message.parts))
-        }
-        return hold.finish(blocked, ruling.soft) + self.parser.close(ruling)
+        for answer in self.answers:
+            if ruling.blocked(answer.index, bool(answer.message.parts)):
+                hold.cut(answer.index, ruling.choices[answer.index], ruling.soft)
+        return hold.finish() + self.parser.close(ruling)
 
 
 def finished(parser: StreamParser, events: Iterable[Event]) -> Finished:
