@@ -12,9 +12,15 @@ from guard_middleware import sse
 from guard_middleware.dialects.answer_shared import SSE_TYPE
 from guard_middleware.dialects.base import Notice, Options, ParsedRequest, PublicError, Reply
 from guard_middleware.dialects.openai_error import JSON_TYPE, openai_error
-from guard_middleware.dialects.responses_fields import ECHOED
 from guard_middleware.dialects.responses_request import parse_request
-from guard_middleware.dialects.responses_response import ParsedResponse, message, parse_response, refusal
+from guard_middleware.dialects.responses_response import (
+    ECHOED,
+    ParsedResponse,
+    message,
+    own_id,
+    parse_response,
+    refusal,
+)
 from guard_middleware.dialects.responses_shown import Shown
 from guard_middleware.dialects.responses_stream import ResponseStreamParser
 from guard_middleware.limits import Limits
@@ -49,7 +55,7 @@ class Responses:
     def soft_block(self, request: ParsedRequest, notice: Notice, created: int) -> Reply:
         """A blocked prompt as an answer of the assistant, in one piece or as a short stream."""
         body: dict[str, Any] = {
-            "id": f"resp_{notice.id}",
+            "id": own_id("resp", notice),
             "object": "response",
             "created_at": created,
             "status": "completed",
@@ -61,7 +67,7 @@ class Responses:
             "top_p": None,
             **{name: request.body.get(name) or value for name, value in ECHOED.items()},
         }
-        item = message(f"msg_{notice.id}", "completed", [refusal(notice.message, soft=True)])
+        item = message(own_id("msg", notice), "completed", [refusal(notice.message, soft=True)])
         whole = {**body, "output": [item], "usage": _USAGE}
         if not request.stream:
             return Reply(200, ((b"content-type", JSON_TYPE),), dumps(whole))
@@ -71,7 +77,7 @@ class Responses:
             {"type": "response.in_progress", "response": opening},
         ]
         shown = Shown()
-        for event in shown.closing(notice.id, notice.message, soft=True):
+        for event in shown.closing(notice, soft=True):
             shown.saw(event)
             events.append(event)
         events.append({"type": "response.completed", "response": whole})

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Final
 
 from guard_middleware.dialects.fields import Rule, Table
-from guard_middleware.strictjson import JSONValue
 
 REQUEST: Final[Table] = {
     "access_programs": Rule.WORDS,
@@ -319,15 +318,6 @@ RESPONSE: Final[Table] = {
     "provider": Rule.DROPPED,
     "x_guard": Rule.DROPPED,
 }
-#: the fields of an answer that repeat the request, and what stands there where the request is silent
-ECHOED: Final[dict[str, JSONValue]] = {
-    "instructions": None,
-    "metadata": {},
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-}
-
 _EVENT: Final[Table] = {"type": Rule.WORD, "sequence_number": Rule.SCALAR}
 _LIFE: Final[Table] = {**_EVENT, "response": Rule.NESTED}
 _OF_ITEM: Final[Table] = {**_EVENT, "output_index": Rule.NESTED, "item_id": Rule.IDENTIFIER}

@@ -10,11 +10,12 @@ citations and unknown fields that carry content and no table covers; items witho
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from guard_middleware.dialects.answer_shared import read_envelope, upstream_error
-from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Ruling
+from guard_middleware.dialects.base import Answer, Notice, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_moderation import explain as explain_several
 from guard_middleware.dialects.fields import (
     Admitted,
@@ -28,7 +29,7 @@ from guard_middleware.dialects.fields import (
     unsupported_content,
 )
 from guard_middleware.dialects.openai_error import JSON_TYPE
-from guard_middleware.dialects.responses_fields import ECHOED, OUTPUT_ITEMS, RESPONSE, SAID
+from guard_middleware.dialects.responses_fields import OUTPUT_ITEMS, RESPONSE, SAID
 from guard_middleware.dialects.responses_items import open_part, read_call, text_part
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, dumps
@@ -36,6 +37,15 @@ from guard_middleware.types import Message, Part, Text
 
 ITEMS = 256
 PARTS = 1024
+_NOT_ID = re.compile(r"[^A-Za-z0-9_-]")
+#: the fields of an answer that repeat the request, and what stands there where the request is silent
+ECHOED: dict[str, JSONValue] = {
+    "instructions": None,
+    "metadata": {},
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+}
 #: where items that speak hold their parts, and of which types
 _SPOKEN: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "message": (("content", ("output_text", "refusal")),),
@@ -83,7 +93,7 @@ class ParsedResponse:
             return dumps({**self.body, "output": list(self.output), **explain(ruling)})
         notice = ruling.choices[0]
         status = "completed" if ruling.soft else "incomplete"
-        item = message(f"msg_{notice.id}", status, [refusal(notice.message, ruling.soft)])
+        item = message(own_id("msg", notice), status, [refusal(notice.message, ruling.soft)])
         return dumps({**ended_by_us(self.body, ruling.soft), "output": [item], **explain(ruling)})
 
 
@@ -100,6 +110,11 @@ def refusal(public_text: str, soft: bool) -> dict[str, JSONValue]:
     if soft:
         return {"type": "output_text", "text": public_text, "annotations": [], "logprobs": []}
     return {"type": "refusal", "refusal": public_text}
+
+
+def own_id(prefix: str, notice: Notice) -> str:
+    """An id of ours; clients send it back, and OpenAI takes letters, digits, dashes and underscores only."""
+    return f"{prefix}_{_NOT_ID.sub('-', notice.id)}"[:64]
 
 
 def message(id: str, status: str, content: list[JSONValue]) -> dict[str, JSONValue]:

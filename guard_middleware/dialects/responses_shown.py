@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from guard_middleware.dialects.responses_response import message, refusal
+from guard_middleware.dialects.base import Notice
+from guard_middleware.dialects.responses_response import message, own_id, refusal
 
 _Event = dict[str, Any]
 #: by type of part: the event that says its whole text, and the field with it
@@ -93,8 +94,8 @@ class Shown:
             part = self._part(item, kind, event)
             part.texts, part.said = [event[_SAID[part.value["type"]][1]]], True
 
-    def closing(self, id: str, public_text: str, soft: bool) -> Iterator[_Event]:
-        """The events that end what is open, and say ``public_text`` in a part of its own."""
+    def closing(self, notice: Notice, soft: bool) -> Iterator[_Event]:
+        """The events that end what is open, and say in a part of its own that this was blocked."""
         status = "completed" if soft else "incomplete"
         speaking: tuple[int, _Item] | None = None
         for index, item in sorted(self._items.items()):
@@ -107,11 +108,11 @@ class Shown:
             yield _of(index, "response.output_item.done", item=item.now(status))
         if speaking is None:
             index = max(self._items, default=-1) + 1
-            speaking = index, _Item(message(f"msg_{id}", "in_progress", []))
+            speaking = index, _Item(message(own_id("msg", notice), "in_progress", []))
             yield _of(index, "response.output_item.added", item=speaking[1].value)
         index, item = speaking
         number = len(item.content)
-        yield from _spoken(index, item.value["id"], number, refusal(public_text, soft))
+        yield from _spoken(index, item.value["id"], number, refusal(notice.message, soft))
         item = self._items.get(index, item)
         yield _of(index, "response.output_item.done", item=item.now(status))
 

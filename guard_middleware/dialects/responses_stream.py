@@ -15,7 +15,6 @@ Refuses (``UpstreamError``):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from guard_middleware import sse
@@ -34,6 +33,15 @@ from guard_middleware.dialects.fields import (
 from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.dialects.responses_fields import EVENTS
 from guard_middleware.dialects.responses_items import TextPart, open_part, read_annotation, text_field, text_part
+from guard_middleware.dialects.responses_making import (
+    ITEM_PARTS,
+    PART_TYPES,
+    REASONING,
+    TEXTS,
+    Making,
+    counter,
+    read_place,
+)
 from guard_middleware.dialects.responses_response import (
     ITEMS,
     PARTS,
@@ -53,60 +61,8 @@ from guard_middleware.types import Message, Part, Text
 _OPENING = ("response.created", "response.queued", "response.in_progress")
 _ENDING = ("response.completed", "response.incomplete")
 _BROKEN = ("response.failed", "error")
-#: deltas and their ends: which text of the item they say
-_TEXTS = {
-    "response.output_text": "output_text",
-    "response.refusal": "refusal",
-    "response.reasoning_text": "reasoning_text",
-    "response.reasoning_summary_text": "summary_text",
-    "response.function_call_arguments": "arguments",
-    "response.custom_tool_call_input": "input",
-}
 #: the SDK's helper reads ``logprobs`` of them
 _WITH_LOGPROBS = ("response.output_text.delta", "response.output_text.done")
-_REASONING = ("reasoning_text", "summary_text")
-#: part types by the event that opens or closes them
-_PART_TYPES = {
-    "response.content_part": ("output_text", "refusal", "reasoning_text"),
-    "response.reasoning_part": ("reasoning_text",),
-    "response.reasoning_summary_part": ("summary_text",),
-}
-_ITEM_PARTS = {
-    "message": ("output_text", "refusal"),
-    "reasoning": ("reasoning_text", "summary_text"),
-    "function_call": ("arguments",),
-    "custom_tool_call": ("input",),
-}
-
-
-@dataclass(slots=True)
-class _Item:
-    """One output item in the making: its texts and citations so far, and the whole item once it was closed."""
-
-    kind: str
-    call_id: JSONValue = None
-    texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    notes: dict[int, list[JSONValue]] = field(default_factory=dict)
-    closed: set[tuple[str, int]] = field(default_factory=set)
-    done: Item | None = None
-
-    def parts(self, kind: str) -> int:
-        """How many parts there are in the list that holds parts of this type."""
-        among = ("summary_text",) if kind == "summary_text" else ("output_text", "refusal", "reasoning_text")
-        return sum(name in among for name, _ in self.texts)
-
-    def matches(self, whole: Item, where: str) -> bool:
-        """Whether ``whole`` says nothing new; raises where it says something else."""
-        if whole.kind != self.kind or whole.kept.get("call_id") != self.call_id:
-            raise invalid(f"{where}.type", "is not that of the item that was opened")
-        for key, pieces in self.texts.items():
-            if "".join(pieces) != whole.texts.get(key, ""):
-                raise invalid(f"{where}.{key[0]}", "is not what was streamed")
-        for number, notes in self.notes.items():
-            if notes != whole.notes.get(number):
-                raise invalid(f"{where}.annotations", "are not those that were streamed")
-        new = [key for key, text in whole.texts.items() if text and key not in self.texts]
-        return not new and whole.notes.keys() <= self.notes.keys()
 
 
 class ResponseStreamParser:
@@ -116,7 +72,7 @@ class ResponseStreamParser:
 
     def __init__(self, request: ParsedRequest, options: Options) -> None:
         self._request, self._options = request, options
-        self._items: dict[int, _Item] = {}
+        self._items: dict[int, Making] = {}
         self._opening: dict[str, JSONValue] | None = None
         self._ending: tuple[str, dict[str, JSONValue]] | None = None
         self._finish_reason = ""
@@ -129,10 +85,10 @@ class ResponseStreamParser:
             "response.output_item.added": self._item_added,
             "response.output_item.done": self._item_done,
             "response.output_text.annotation.added": self._annotation,
-            **{f"{name}.added": self._part_added for name in _PART_TYPES},
-            **{f"{name}.done": self._part_done for name in _PART_TYPES},
-            **{f"{name}.delta": self._delta for name in _TEXTS},
-            **{f"{name}.done": self._said for name in _TEXTS},
+            **{f"{name}.added": self._part_added for name in PART_TYPES},
+            **{f"{name}.done": self._part_done for name in PART_TYPES},
+            **{f"{name}.delta": self._delta for name in TEXTS},
+            **{f"{name}.done": self._said for name in TEXTS},
         }
 
     @property
@@ -168,7 +124,7 @@ class ResponseStreamParser:
         """Closes what the client saw open, says the public text, and leaves the end to ``close``."""
         self._cut = soft
         opening = [] if self._shown.begun else [self._life("response.created")]
-        closing = self._shown.closing(notice.id, notice.message, soft)
+        closing = self._shown.closing(notice, soft)
         return b"".join([*map(self._send, opening), *map(self._send, closing)])
 
     def close(self, ruling: Ruling) -> bytes:
@@ -275,7 +231,7 @@ class ResponseStreamParser:
     # -- items --
 
     def _item_added(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
-        index = _index(source, "output_index", ITEMS)
+        index = read_place(source, "output_index", ITEMS)
         if index in self._items:
             raise invalid("output_index", "was opened before")
         item = read_item(source.get("item"), "item", self._options)
@@ -285,19 +241,19 @@ class ResponseStreamParser:
         if item.kind == "computer_call":  # its actions may be others at first: both are judged
             self._begun += item.parts
             texts = {}
-        self._items[index] = _Item(item.kind, item.kept.get("call_id"), texts)
+        self._items[index] = Making(item.kind, item.kept.get("call_id"), texts)
         return Frame(0, {**admitted.kept, "output_index": index, "item": item.kept}, (), bool(item.parts))
 
     def _item_done(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
         index, item = self._item(source)
         whole = read_item(source.get("item"), "item", self._options)
         known = item.matches(whole, "item")
-        item.done = whole
+        item.close(whole)
         waits = not known or item.kind not in ("message", "reasoning")
         return Frame(0, {**admitted.kept, "output_index": index, "item": whole.kept}, (), waits)
 
-    def _item(self, source: dict[str, JSONValue]) -> tuple[int, _Item]:
-        index = _index(source, "output_index", ITEMS)
+    def _item(self, source: dict[str, JSONValue]) -> tuple[int, Making]:
+        index = read_place(source, "output_index", ITEMS)
         item = self._items.get(index)
         if item is None or item.done is not None:
             raise invalid("output_index", "is not that of an open item")
@@ -308,18 +264,18 @@ class ResponseStreamParser:
     def _part_added(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
         index, item = self._item(source)
         part, whole = self._part(kind, source, item)
-        number = _index(source, _counter(part.kind), PARTS)
+        number = read_place(source, counter(part.kind), PARTS)
         if number != item.parts(part.kind) or part.annotations:
-            raise invalid(_counter(part.kind), "is out of order")
+            raise invalid(counter(part.kind), "is out of order")
         item.texts[part.kind, number] = [part.text]
         said = self._speak(index, part.kind, number, part.text)
-        kept = {**admitted.kept, "part": part.kept, "output_index": index, _counter(part.kind): number}
+        kept = {**admitted.kept, "part": part.kept, "output_index": index, counter(part.kind): number}
         return Frame(0, kept, said, whole)
 
     def _part_done(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
         index, item = self._item(source)
         part, whole = self._part(kind, source, item)
-        number = _index(source, _counter(part.kind), PARTS)
+        number = read_place(source, counter(part.kind), PARTS)
         pieces = item.texts.get((part.kind, number))
         if pieces is None or "".join(pieces) != part.text:
             raise invalid("part", "is not what was streamed")
@@ -329,19 +285,19 @@ class ResponseStreamParser:
             raise invalid("part.annotations", "are not those that were streamed")
         if new:
             item.notes[number] = new
-        kept = {**admitted.kept, "part": part.kept, "output_index": index, _counter(part.kind): number}
+        kept = {**admitted.kept, "part": part.kept, "output_index": index, counter(part.kind): number}
         return Frame(0, kept, (), whole or bool(new))
 
-    def _part(self, kind: str, source: dict[str, JSONValue], item: _Item) -> tuple[TextPart, bool]:
+    def _part(self, kind: str, source: dict[str, JSONValue], item: Making) -> tuple[TextPart, bool]:
         """The part of an event, and whether it must wait for the last verdict."""
-        kinds = set(_PART_TYPES[kind.rpartition(".")[0]]) & set(_ITEM_PARTS.get(item.kind, ()))
+        kinds = set(PART_TYPES[kind.rpartition(".")[0]]) & set(ITEM_PARTS.get(item.kind, ()))
         type, given, admitted = open_part(source.get("part"), kinds, "part", self._options)
         whole = self._gather(admitted, delta=False)
         return text_part(type, given, admitted, "part", self._options), whole
 
     def _annotation(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
         index, item = self._item(source)
-        number = _index(source, "content_index", PARTS)
+        number = read_place(source, "content_index", PARTS)
         if ("output_text", number) not in item.texts or ("output_text", number) in item.closed:
             raise invalid("content_index", "is not that of an open part")
         kept, _ = read_annotation(source.get("annotation"), "annotation", self._options)
@@ -381,32 +337,21 @@ class ResponseStreamParser:
 
     def _text(
         self, kind: str, source: dict[str, JSONValue]
-    ) -> tuple[int, _Item, tuple[str, int], dict[str, JSONValue]]:
+    ) -> tuple[int, Making, tuple[str, int], dict[str, JSONValue]]:
         """(index, item, which text, where it is on the wire) of an event that says text."""
         index, item = self._item(source)
-        type = _TEXTS[kind.rpartition(".")[0]]
-        if type not in _ITEM_PARTS.get(item.kind, ()):
+        type = TEXTS[kind.rpartition(".")[0]]
+        if type not in ITEM_PARTS.get(item.kind, ()):
             raise invalid("output_index", "is that of an item of another type")
         place: dict[str, JSONValue] = {"output_index": index}
         number = 0
         if type not in ("arguments", "input"):
-            place[_counter(type)] = number = _index(source, _counter(type), PARTS)
-            opens = type in _REASONING and number == item.parts(type)  # some servers open these with their text
+            place[counter(type)] = number = read_place(source, counter(type), PARTS)
+            opens = type in REASONING and number == item.parts(type)  # some servers open these with their text
             if (type, number) not in item.texts and not opens:
-                raise invalid(_counter(type), "is not that of an open part")
+                raise invalid(counter(type), "is not that of an open part")
         return index, item, (type, number), place
 
     @staticmethod
     def _speak(index: int, kind: str, number: int, text: str) -> tuple[Said, ...]:
-        return (Said(f"output.{index}.{kind}.{number}", text, kind in _REASONING),) if text else ()
-
-
-def _counter(kind: str) -> str:
-    return "summary_index" if kind == "summary_text" else "content_index"
-
-
-def _index(source: dict[str, JSONValue], name: str, most: int) -> int:
-    value = source.get(name)
-    if type(value) is not int or not 0 <= value < most:
-        raise invalid(name, f"must be an integer from 0 to {most - 1}")
-    return value
+        return (Said(f"output.{index}.{kind}.{number}", text, kind in REASONING),) if text else ()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from guard_middleware.dialects import chat_fields, messages_fields
+from guard_middleware.dialects import chat_fields, completions_fields, messages_fields, responses_fields
 from guard_middleware.dialects.fields import Rule, Table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -104,6 +104,53 @@ PAGES = {
             ("Streamed delta", chat_fields.DELTA),
         ),
     ),
+    "completions": Page(
+        title="Completions",
+        module="completions_fields",
+        sdk="openai",
+        dialect="completions",
+        notes=(
+            "The legacy text API. Prompts are text: token ids are refused, for no guard reads them.",
+            "A blocked answer is an empty text with `finish_reason: content_filter`; `x_guard` has its decision.",
+        ),
+        tables=(
+            ("Request", completions_fields.REQUEST),
+            ("Answer, and streamed chunk", completions_fields.COMPLETION),
+            ("Choice", completions_fields.CHOICE),
+        ),
+    ),
+    "responses": Page(
+        title="Responses",
+        module="responses_fields",
+        sdk="openai",
+        dialect="responses",
+        notes=(
+            "A request may continue an earlier answer by `previous_response_id` where that answer went through this "
+            "gateway. Stored answers cannot be read, listed, cancelled or deleted through it.",
+            "Where a request continues an answer, ids of calls stay what they were and the guard reads "
+            "them; in all others they are renamed.",
+            refused("Items of requests", responses_fields.INPUT_ITEMS),
+            refused("Items of answers", responses_fields.OUTPUT_ITEMS),
+            refused("Content parts", responses_fields.PARTS),
+            refused("Tools", responses_fields.TOOLS),
+            f"`include` may ask for: {listed(responses_fields.INCLUDE)}.",
+            *(f"Parts of a message, role `{r}`: {listed(k)}." for r, k in responses_fields.ROLE_PARTS.items()),
+            refused("Events", responses_fields.EVENTS),
+        ),
+        tables=(
+            ("Request", responses_fields.REQUEST),
+            ("`reasoning`", responses_fields.REASONING),
+            ("`text`", responses_fields.TEXT),
+            *each("Output format", responses_fields.FORMATS),
+            *each("Tool definition", responses_fields.TOOLS),
+            *each("Item of a request", responses_fields.INPUT_ITEMS),
+            *each("Content part", responses_fields.PARTS),
+            *each("Annotation", responses_fields.ANNOTATIONS),
+            ("Answer", responses_fields.RESPONSE),
+            *each("Item of an answer", responses_fields.OUTPUT_ITEMS),
+            *alike("Event", responses_fields.EVENTS),
+        ),
+    ),
     "messages": Page(
         title="Messages",
         module="messages_fields",
@@ -162,7 +209,9 @@ def test_the_page_says_what_the_tables_say(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [chat_fields, messages_fields], ids=lambda module: module.__name__.rpartition(".")[2]
+    "module",
+    [chat_fields, completions_fields, messages_fields, responses_fields],
+    ids=lambda module: module.__name__.rpartition(".")[2],
 )
 def test_no_table_of_a_module_is_left_out(module: object) -> None:
     """Every rule that a public table of the module gives a field stands on its page."""
