@@ -203,6 +203,17 @@ def test_what_the_end_says_is_judged_with_the_answer(fields: dict[str, Any], par
     assert MARK not in parsed.render(ruling(Action.BLOCK)).decode()
 
 
+def test_what_the_start_says_is_judged_and_waits() -> None:
+    for head, options in (
+        (start(stop_sequence=MARK), {}),
+        (start(x_new=MARK), {"extra_fields": {"x_new": "moderated"}}),
+    ):
+        parsed = read(head, *HELLO[1:], **options)
+        assert parsed.answers[0].message.parts == (Text("hello"), Text(MARK))
+        assert parsed.frames[0].whole
+        assert bodies(parsed.render(ruling(Action.ALLOW))) == [head, *HELLO[1:]]
+
+
 UNSUPPORTED: list[Events] = [
     [start(), {"type": "x_new", "x": MARK}],
     [start(content=None, x_new=MARK)],
