@@ -44,7 +44,9 @@ class Making:
     call_id: JSONValue = None
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     notes: dict[int, list[JSONValue]] = field(default_factory=dict)
+    #: texts that were said to their end, and parts that were closed
     closed: set[tuple[str, int]] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
     done: Item | None = None
 
     def parts(self, kind: str) -> int:

@@ -22,6 +22,7 @@ _SAID = {
     "summary_text": ("response.reasoning_summary_text.done", "text"),
 }
 
+_LIFE = ("error", *(f"response.{name}" for name in ("created", "queued", "in_progress", "completed", "incomplete")))
 _DELTAS = tuple(name.replace(".done", ".delta") for name, _ in _SAID.values())
 
 
@@ -68,7 +69,7 @@ class Shown:
 
     def saw(self, event: _Event) -> None:
         kind: str = event["type"]
-        if "output_index" not in event:
+        if kind in _LIFE:
             self.begun = True
             return
         index = event["output_index"]

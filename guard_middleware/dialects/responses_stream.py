@@ -280,6 +280,7 @@ class ResponseStreamParser:
         if pieces is None or "".join(pieces) != part.text:
             raise invalid("part", "is not what was streamed")
         item.closed.add((part.kind, number))
+        item.ended.add(number)
         new = part.annotations if number not in item.notes else []
         if part.annotations != item.notes.get(number, new):
             raise invalid("part.annotations", "are not those that were streamed")
@@ -298,7 +299,7 @@ class ResponseStreamParser:
     def _annotation(self, kind: str, source: dict[str, JSONValue], admitted: Admitted) -> Frame:
         index, item = self._item(source)
         number = read_place(source, "content_index", PARTS)
-        if ("output_text", number) not in item.texts or ("output_text", number) in item.closed:
+        if ("output_text", number) not in item.texts or number in item.ended:
             raise invalid("content_index", "is not that of an open part")
         kept, _ = read_annotation(source.get("annotation"), "annotation", self._options)
         item.notes.setdefault(number, []).append(kept)
