@@ -113,7 +113,7 @@ class _Choice:
     queue: _Queue = field(default_factory=_Queue)
     surfaces: dict[str, _Surface] = field(default_factory=dict)
     windows: int = 0
-    #: the whole of the first window
+    #: the first window, while it is the only one
     first: Message | None = None
     waiting: bool = False
     unasked: int = 0
@@ -191,7 +191,7 @@ class HoldBack:
     def covered(self, index: int, message: Message) -> bool:
         """Whether the only window of a choice was the whole of ``message``, so that its verdict is the last one."""
         choice = self._choices.get(index)
-        return choice is not None and choice.windows == 1 and not choice.unasked and choice.first == message
+        return choice is not None and not choice.unasked and choice.first == message
 
     def release(self) -> bytes:
         """What may leave now, encoded."""
