@@ -1,6 +1,6 @@
 """A legacy Completions request, read into a Conversation and a body that holds nothing else.
 
-Every prompt is a message of the user, so that what is split over prompts is judged together; the suffix, stop
+All prompts are one message of the user, so that what is split over prompts is judged together; the suffix, stop
 strings and output schemas are definitions.
 
 Refuses:
@@ -64,7 +64,7 @@ def _request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest
     model = kept.get("model")
     return ParsedRequest(
         dialect="completions",
-        conversation=Conversation(tuple(Message("user", (Text(prompt),)) for prompt in prompts), tuple(definitions)),
+        conversation=Conversation((Message("user", tuple(map(Text, prompts))),), tuple(definitions)),
         body=in_order(source, kept),
         model=model if isinstance(model, str) else None,
         stream=stream,

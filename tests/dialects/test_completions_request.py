@@ -32,7 +32,7 @@ def test_a_prompt_is_a_message_of_the_user() -> None:
 
 def test_prompts_that_come_together_are_judged_together() -> None:
     parsed = read(prompt=["how to pick", "a lock"], n=2)
-    assert parsed.conversation.messages == (Message("user", (Text("how to pick"),)), Message("user", (Text("a lock"),)))
+    assert parsed.conversation.messages == (Message("user", (Text("how to pick"), Text("a lock"))),)
     assert parsed.choices == 4
 
 
