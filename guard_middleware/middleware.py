@@ -229,18 +229,19 @@ class _Exchange:
                 case Begin(status, headers):
                     self._begun = True
                     await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
-                case Send(data, alive):
-                    if not alive:
+                case Send(data, says):
+                    if says:
                         self._held(time.perf_counter())
                     await self._send({"type": "http.response.body", "body": data, "more_body": True})
                     self._waiting_bytes -= len(data)
                     self._gate()
                 case End():
+                    self._held(time.perf_counter())
                     self._watcher_off()
                     return await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _held(self, now: float) -> None:
-        """The time from the upstream's first byte to the first byte that left."""
+        """The time from the upstream's first byte to the first text that left, or to the end without any."""
         if self._first_byte is not None and not self._held_for:
             self._held_for = now - self._first_byte
 

@@ -119,10 +119,10 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a piece of the body to the client; ``alive`` is a sign of life, nothing of the answer."""
+    """Send a piece of the body to the client; ``says`` tells that it holds text of the answer."""
 
     data: bytes
-    alive: bool = field(default=False, compare=False)
+    says: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class Transaction:
         """Nothing was sent for as long as the policy lets a stream be silent: a sign of life, where one is legal."""
         if self._stream is None or self.phase in (Phase.INPUT, Phase.CLOSED):
             return []
-        return [*self._begin(), Send(self._stream.parser.keep_alive, alive=True)]
+        return [*self._begin(), Send(self._stream.parser.keep_alive)]
 
     @property
     def paused(self) -> bool:
@@ -562,8 +562,10 @@ class Transaction:
     def _send(self, data: bytes) -> list[Command]:
         if not data:
             return []
+        assert self._stream is not None
         self._released += len(data)
-        return [*self._begin(), Send(data)]
+        before, self._shown = self._shown, self._stream.hold.shown
+        return [*self._begin(), Send(data, self._shown > before)]
 
     def _stopped(self) -> list[Command]:
         stopped: list[Command] = [Stop()] if self._upstream_open else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 
 from guard_middleware import enforce
 from guard_middleware.config import StreamRules
-from guard_middleware.dialects.base import Answer, Frame, Notice, PublicError, Ruling, Said
+from guard_middleware.dialects import CHAT_COMPLETIONS
+from guard_middleware.dialects.base import Answer, Frame, Notice, Options, PublicError, Ruling, Said
 from guard_middleware.holdback import HoldBack, Window
-from guard_middleware.sse import Event
+from guard_middleware.limits import Limits
+from guard_middleware.sse import Decoder, Event
 from guard_middleware.types import Message, Reasoning, Text
+from tests.support.flow import chat, says
 
 NOTICE = enforce.not_moderated("d", "output")
 
@@ -391,3 +395,23 @@ def test_a_hold_back_of_any_length_keeps_its_order() -> None:
     run(play, random.Random(0))
     play.finish()
     assert play.left == {0: list(range(5000))}
+
+
+def test_a_long_hold_back_costs_about_what_its_text_costs() -> None:
+    """10 MB for 8 MiB at most; parsed, the same chunks take five times as much."""
+    size, sent = 2 * 1024 * 1024, 0
+    parser = CHAT_COMPLETIONS.stream_parser(CHAT_COMPLETIONS.parse_request(chat(), Limits(), Options()), Options())
+    hold = HoldBack(parser, StreamRules())
+    tracemalloc.start()
+    try:
+        while sent < size:
+            data = says("word")[0].replace(b'"finish_reason"', b'"logprobs": null, "finish_reason"')
+            data = data.replace(b'"c"', b'"chatcmpl-BxYzAbCdEfGhIjKlMnOpQrStUvWx"')
+            data = data.replace(b'"m"', b'"gpt-4o-2024-08-06", "system_fingerprint": "fp_abcdef1234"')
+            sent += len(data)
+            (event,) = Decoder().feed(data)
+            hold.feed(parser.feed(event))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held <= size * 10e6 / (8 * 1024 * 1024)
