@@ -101,6 +101,13 @@ def test_a_harmful_answer_is_cut_where_it_becomes_harmful(tmp_path: Path, stream
     assert client.complete
     assert host.record["outcome"] == "blocked"
     assert upstream.cancelled == (stream != HOLD)
+    record = host.record
+    assert (record["stream_mode"], record["stream_ending"]) == (
+        stream[7:].partition(",")[0],
+        "cut" if shown else "held",
+    )
+    assert record["released_characters"] == len(client.text())
+    assert 0 < record["leaked_characters"] <= 16 if stream == ASYNC else record["leaked_characters"] == 0
 
 
 def test_one_choice_is_cut_and_the_other_goes_on(tmp_path: Path) -> None:
@@ -153,6 +160,15 @@ def test_after_a_sign_of_life_a_block_and_an_error_are_said_in_the_stream(tmp_pa
 
     Host(tmp_path, Speaker(["hello"]), rules, Late(GuardError("timeout"), after=1)).run(failed)
     assert (failed.status, failed.error["code"], failed.text()) == (200, "guard_unavailable", "")
+
+
+def test_a_stream_that_breaks_before_its_first_text_is_held_and_not_unscreened(tmp_path: Path) -> None:
+    host = Host(tmp_path, Speaker(lambda _: [opening(), b"data: {\n\n"], pause=0.02))
+    client = Client(chat())
+    host.run(client)
+    assert (client.status, client.error["code"]) == (200, "upstream_malformed")
+    record = host.record
+    assert (record["stream_ending"], record["bypassed"]) == ("held", [])
 
 
 def test_no_sign_of_life_goes_before_the_input_is_cleared(tmp_path: Path) -> None:
@@ -263,6 +279,7 @@ def test_an_upstream_that_breaks_in_mid_stream_is_said_and_what_is_held_is_dropp
     record = host.record
     assert (record["outcome"], record["error"], record["status"]) == ("upstream_error", BREAKS[name], 200)
     assert record["released_bytes"] == len(client.data)
+    assert (record["stream_ending"], record["bypassed"]) == ("cut", [])
 
 
 @pytest.mark.parametrize("stream", [WINDOW, ASYNC])
