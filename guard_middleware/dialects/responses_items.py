@@ -37,6 +37,8 @@ class TextPart:
     text: str
     annotations: list[JSONValue]
     parts: list[Part]
+    #: whether there is something in it that only the operator's configuration knows
+    extra: bool = False
 
 
 def open_part(
@@ -74,7 +76,7 @@ def text_part(
             parts += cited
         kept["annotations"] = annotations if given is not None else None
     parts += [Text(extra) for extra in admitted.extras.values()]
-    return TextPart(kind, in_order(source, kept), text, annotations, parts)
+    return TextPart(kind, in_order(source, kept), text, annotations, parts, bool(admitted.extras))
 
 
 def text_field(kind: str) -> str:

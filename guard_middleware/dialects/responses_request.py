@@ -127,7 +127,7 @@ class _Reader:
             kept["metadata"], notes = read_metadata(source["metadata"])
             self.definitions += notes
         for index, name in enumerate(as_list(source.get("include") or [], "include", _INCLUDES)):
-            if name not in INCLUDE:
+            if not isinstance(name, str) or name not in INCLUDE:
                 raise unsupported_field(f"include[{index}]", "is not available, because it cannot be moderated")
         if source.get("truncation") not in (None, "disabled"):
             raise unsupported_field("truncation", "is not available: the model would read less than was moderated")

@@ -30,7 +30,7 @@ from guard_middleware.dialects.fields import (
 )
 from guard_middleware.dialects.openai_error import JSON_TYPE
 from guard_middleware.dialects.responses_fields import OUTPUT_ITEMS, RESPONSE, SAID
-from guard_middleware.dialects.responses_items import open_part, read_call, text_part
+from guard_middleware.dialects.responses_items import TextPart, open_part, read_call, text_part
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Text
@@ -60,7 +60,7 @@ class Item:
     """One output item: what is released of it, and what the guard reads.
 
     ``texts`` are what it says as it is on the wire, by (type of part or name of field, number); ``notes`` the
-    citations of its text parts, by number.
+    citations of its text parts, by number; ``extra`` says that there is more in it that the operator has read.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class Item:
     parts: tuple[Part, ...]
     texts: dict[tuple[str, int], str] = field(default_factory=dict)
     notes: dict[int, list[JSONValue]] = field(default_factory=dict)
+    extra: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,29 +187,25 @@ def read_item(value: JSONValue, where: str, options: Options) -> Item:
     if kind == "message" and source.get("role") != "assistant":
         raise unsupported_content(f"{where}.role", "must be assistant")
     kept, parts, item = admitted.kept, list[Part](), Item(kind, {}, ())
+    extra = bool(extras)
     for name, kinds in _SPOKEN[kind]:
         if kind == "reasoning" and source.get(name) is None:
             kept |= {name: None} if name in source else {}
             continue
-        kept[name], found = _parts(item, source.get(name), kinds, f"{where}.{name}", options)
-        parts += found
-    return replace(item, kept=in_order(source, kept), parts=(*parts, *extras))
+        said = _parts(source.get(name), kinds, f"{where}.{name}", options)
+        for number, part in enumerate(said):
+            item.texts[part.kind, number] = part.text
+            if part.annotations:
+                item.notes[number] = part.annotations
+            parts += part.parts
+            extra = extra or part.extra
+        kept[name] = [part.kept for part in said]
+    return replace(item, kept=in_order(source, kept), parts=(*parts, *extras), extra=extra)
 
 
-def _parts(
-    item: Item, value: JSONValue, kinds: tuple[str, ...], path: str, options: Options
-) -> tuple[list[JSONValue], list[Part]]:
-    kept: list[JSONValue] = []
-    parts: list[Part] = []
-    for number, part in enumerate(as_list(value, path, PARTS)):
-        where = f"{path}[{number}]"
-        said = text_part(*open_part(part, kinds, where, options), where, options)
-        item.texts[said.kind, number] = said.text
-        if said.annotations:
-            item.notes[number] = said.annotations
-        kept.append(said.kept)
-        parts += said.parts
-    return kept, parts
+def _parts(value: JSONValue, kinds: tuple[str, ...], path: str, options: Options) -> list[TextPart]:
+    places = [(part, f"{path}[{number}]") for number, part in enumerate(as_list(value, path, PARTS))]
+    return [text_part(*open_part(part, kinds, where, options), where, options) for part, where in places]
 
 
 def _call(kind: str, source: dict[str, JSONValue], admitted: Admitted, where: str, extras: list[Text]) -> Item:

@@ -249,7 +249,7 @@ class ResponseStreamParser:
         whole = read_item(source.get("item"), "item", self._options)
         known = item.matches(whole, "item")
         item.close(whole)
-        waits = not known or item.kind not in ("message", "reasoning")
+        waits = whole.extra or not known or item.kind not in ("message", "reasoning")
         return Frame(0, {**admitted.kept, "output_index": index, "item": whole.kept}, (), waits)
 
     def _item(self, source: dict[str, JSONValue]) -> tuple[int, Making]:

@@ -310,6 +310,7 @@ REFUSED_FIELDS: list[tuple[RejectKind, dict[str, Any]]] = [
     (FIELD, {"include": ["message.output_text.logprobs"]}),
     (FIELD, {"include": ["web_search_call.results"]}),
     (FIELD, {"include": [MARK]}),
+    (FIELD, {"include": [[MARK]]}),
     (FIELD, {"top_logprobs": 3}),
     (FIELD, {"previous_input_messages": [{"role": "user", "content": MARK}]}),
     (FIELD, {"chat_template": MARK}),

@@ -413,6 +413,17 @@ def test_the_operators_extra_fields_are_gathered_and_wait() -> None:
     assert [frame.whole for frame in parsed.frames[4:6]] == [True, True]
 
 
+@pytest.mark.parametrize("where", ["item", "part"])
+def test_the_operators_fields_of_a_whole_item_wait_too(where: str) -> None:
+    told = streamed(answer(say(part("ab"))))
+    item = say(part("ab", x_new=MARK)) if where == "part" else say(part("ab"), x_new=MARK)
+    told[-2] |= {"item": item}
+    told[-1]["response"] = {**told[-1]["response"], "output": [item]}
+    parsed = read(told, extra_fields={"x_new": "moderated"})
+    assert parsed.answers[0].message.parts == (Text("ab"), Text(MARK))
+    assert [frame.whole for frame in parsed.frames][-2:] == [False, True]
+
+
 # -- any stream --
 
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
