@@ -173,7 +173,8 @@ class ResponseStreamParser:
         value = in_order(source, frame.value)
         if kind in _WITH_LOGPROBS:
             value["logprobs"] = []
-        return [Frame(0, value, frame.said, frame.whole or self._gather(admitted, "delta" in value))]
+        extra = self._gather(admitted, "delta" in value)
+        return [Frame(0, value, frame.said, frame.whole or extra)]
 
     def _gather(self, admitted: Admitted, delta: bool) -> bool:
         """Keeps what the operator calls moderated, deltas joined by name; True where there was any."""

@@ -89,7 +89,7 @@ def test_the_operators_extra_field_is_read() -> None:
         (UpstreamErrorKind.MALFORMED, answer(choice(text=None))),  # type: ignore[arg-type]
         (UpstreamErrorKind.MALFORMED, answer(choice(finish_reason=None))),
         (UpstreamErrorKind.MALFORMED, answer(choice(1))),
-        (UpstreamErrorKind.MALFORMED, answer(choice(), choice())),
+        (UpstreamErrorKind.MALFORMED, answer(choice(), choice(), choice())),
         (UpstreamErrorKind.MALFORMED, answer(choices=[])),
         (UpstreamErrorKind.MALFORMED, answer(choices=None)),
         (UpstreamErrorKind.MALFORMED, answer(id=MARK)),
@@ -101,6 +101,11 @@ def test_an_answer_that_cannot_be_screened_is_refused(kind: UpstreamErrorKind, b
         parse(body)
     assert caught.value.kind is kind
     assert MARK not in str(caught.value)
+
+
+def test_an_index_twice_is_refused() -> None:
+    with pytest.raises(UpstreamError, match="repeated"):
+        parse(answer(choice(), choice()), n=2)
 
 
 def test_a_choice_with_text_and_no_decision_is_never_released() -> None:

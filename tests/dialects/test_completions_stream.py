@@ -140,6 +140,10 @@ def test_an_error_ends_the_stream_in_a_way_that_clients_raise() -> None:
     assert last.data == "[DONE]"
 
 
+def test_a_choice_that_ended_may_be_named_again_without_text() -> None:
+    assert frames(read(*HELLO, chunk(say())), ruling(Action.ALLOW)) == HELLO
+
+
 def test_second_copies_and_unknown_scalars() -> None:
     parsed = read(chunk(say("hello", logprobs={"tokens": [MARK]}, token_ids=[1]), timings={"a": 1}), HELLO[-1])
     out = frames(parsed, ruling(Action.ALLOW))

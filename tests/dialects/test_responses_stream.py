@@ -26,6 +26,7 @@ from tests.dialects.test_responses_response import (
     CITATION,
     COMPUTER,
     CUSTOM,
+    FILE,
     MARK,
     USAGE,
     answer,
@@ -252,6 +253,26 @@ OTHER: dict[str, tuple[str, Any]] = {
         "response.completed",
         {"response": {**FULL, "output": [*FULL["output"][:3], call(MARK), *FULL["output"][4:]]}},
     ),
+    "a citation more": (
+        "response.completed",
+        {
+            "response": {
+                **FULL,
+                "output": [
+                    FULL["output"][0],
+                    say(
+                        part("Bread needs an hour.", annotations=[CITATION]), part("And salt.", annotations=[CITATION])
+                    ),
+                    *FULL["output"][2:],
+                ],
+            }
+        },
+    ),
+    "other actions": (
+        "response.completed",
+        {"response": {**FULL, "output": [*FULL["output"][:5], {**COMPUTER, "action": {"type": "wait"}}]}},
+    ),
+    "another id in progress": ("response.in_progress", {"response": {**FULL, "id": "resp_2", "output": []}}),
     "another id": ("response.completed", {"response": {**FULL, "id": "resp_2"}}),
     "another status": ("response.completed", {"response": {**FULL, "status": "incomplete"}}),
     "output at the start": ("response.created", {"response": {**FULL, "status": "in_progress"}}),
@@ -260,6 +281,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "a part out of order": ("response.content_part.added", {"content_index": 1}),
     "a delta without a part": ("response.output_text.delta", {"content_index": 7}),
     "a delta without an item": ("response.output_text.delta", {"output_index": 7}),
+    "no citation of the part": ("response.output_text.annotation.added", {"content_index": 7}),
     "a delta for another type": ("response.output_text.delta", {"output_index": 0}),
     "a delta that is no text": ("response.output_text.delta", {"delta": [MARK]}),
     "a name that is prose": ("response.output_text.delta", {"item_id": MARK}),
@@ -411,6 +433,45 @@ def test_the_operators_extra_fields_are_gathered_and_wait() -> None:
     parsed = read(told, extra_fields={"x_new": "moderated"})
     assert parsed.answers[0].message.parts == (Text("ab"), Text("pick a lock"), Text("z"))
     assert [frame.whole for frame in parsed.frames[4:6]] == [True, True]
+
+
+def test_the_operators_fields_of_calls_are_read_too() -> None:
+    told = streamed(answer(call("{}")), pieces=1)
+    for event in told[3:5]:
+        event["x_new"] = {"response.function_call_arguments.delta": MARK}[event["type"]]
+    told[5]["x_new"] = told[6]["x_new"] = "again"
+    parsed = read(told, extra_fields={"x_new": "moderated"})
+    assert parsed.answers[0].message.parts == (ToolCall("call_1", "f", "{}"), Text(MARK + MARK), Text("again"))
+
+
+def test_citations_that_come_only_with_their_part_wait() -> None:
+    told = streamed(answer(say(part("a", annotations=[CITATION]))))
+    told = [event for event in told if "annotation.added" not in event["type"]]
+    parsed = read(told)
+    assert parsed.answers[0].message.parts == (Text("a"), Text(MARK), Text("https://x.example"))
+    assert [frame.value["type"] for frame in parsed.frames if frame.whole] == ["response.content_part.done"]
+
+
+def other_citations() -> list[list[dict[str, Any]]]:
+    told = streamed(answer(say(part("a", annotations=[CITATION]))))
+    (number,) = (n for n, event in enumerate(told) if "annotation.added" in event["type"])
+    second = [*told[: number + 1], {**told[number], "annotation": FILE}, *told[number + 1 :]]
+    item = json.loads(json.dumps(told))
+    item[-2]["item"]["content"][0]["annotations"] = [FILE]
+    return [second, item]
+
+
+@pytest.mark.parametrize("told", other_citations())
+def test_citations_that_are_repeated_otherwise_break_the_stream(told: list[dict[str, Any]]) -> None:
+    with pytest.raises(UpstreamError, match="annotations"):
+        read(told)
+
+
+def test_a_delta_of_text_for_a_call_is_refused() -> None:
+    told = streamed(answer(call("{}")))
+    told[3] |= {"type": "response.output_text.delta", "content_index": 0}
+    with pytest.raises(UpstreamError, match="another type"):
+        read(told)
 
 
 @pytest.mark.parametrize("where", ["item", "part"])
