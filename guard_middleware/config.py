@@ -343,7 +343,7 @@ class VerdictCache(Section):
 
 class TurnsCache(Section):
     characters: int = Field(
-        default=2000,
+        default=1500,
         ge=0,
         le=10**9,
         description="how much of earlier turns is read again at least; beyond it, judged answers are left out",
@@ -376,7 +376,7 @@ class Cache(Section):
     """What is remembered between requests, in memory or, for several gateways, in one Redis or Valkey."""
 
     verdicts: VerdictCache = Field(default=VerdictCache(), description="a mapping, such as {entries: 20000, ttl: 1h}")
-    turns: TurnsCache = Field(default=TurnsCache(), description="a mapping, such as {characters: 2000, images: 2}")
+    turns: TurnsCache = Field(default=TurnsCache(), description="a mapping, such as {characters: 1500, images: 2}")
     history: HistoryCache = Field(default=HistoryCache(), description="a mapping, such as {entries: 10000, ttl: 24h}")
     images: Bytes = Field(default=64 * 2**20, description="a size, such as 64MiB, of decoded images that are kept")
     redis: RedisCache = Field(default=RedisCache(), description="a mapping, such as {url_env: GUARD_REDIS_URL}")

@@ -16,10 +16,11 @@ that order for their index. A long hold-back is packed, so that it costs about w
 
 from __future__ import annotations
 
+import io
 import pickle
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from guard_middleware.config import StreamRules
@@ -28,6 +29,8 @@ from guard_middleware.types import Message, Reasoning, Text
 
 #: frames that are packed together; parsed ones take a hundred times the memory
 _BATCH = 256
+#: bytes that are encoded at once, at the end
+_PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,7 @@ class HoldBack:
 
     def release(self) -> bytes:
         """What may leave now, encoded."""
-        out: list[bytes] = []
+        out = io.BytesIO()
         for index, choice in self._choices.items():
             self._tell(index, choice, out)
             while (held := choice.queue.head) is not None and self._may_leave(choice, held):
@@ -203,32 +206,39 @@ class HoldBack:
                 self._leave(choice, out)
             if not choice.begun:
                 break
-        return b"".join(out)
+        return out.getvalue()
 
-    def finish(self) -> bytes:
-        """All that is left, after the last verdict on every choice that was not cut."""
-        out: list[bytes] = []
+    def finish(self, close: Callable[[], bytes] = bytes) -> Iterator[bytes]:
+        """All that is left, after the last verdict on every choice that was not cut, and then what ``close`` says.
+
+        In pieces, because encoding a long answer takes the memory and the time of others.
+        """
+        out = io.BytesIO()
         for index, choice in self._choices.items():
             self._tell(index, choice, out)
             while choice.queue.head is not None:
                 self._leave(choice, out)
-        return b"".join(out)
+                if out.tell() >= _PIECE:
+                    yield out.getvalue()
+                    out = io.BytesIO()
+        out.write(close())
+        yield out.getvalue()
 
     def _choice(self, index: int) -> _Choice:
         if index not in self._choices:
             self._choices[index] = _Choice(self._rules.first_window)
         return self._choices[index]
 
-    def _tell(self, index: int, choice: _Choice, out: list[bytes]) -> None:
+    def _tell(self, index: int, choice: _Choice, out: io.BytesIO) -> None:
         if choice.ending is not None and not choice.told:
             choice.told = choice.begun = True
-            out.append(self._parser.cut(index, *choice.ending))
+            out.write(self._parser.cut(index, *choice.ending))
 
-    def _leave(self, choice: _Choice, out: list[bytes]) -> None:
+    def _leave(self, choice: _Choice, out: io.BytesIO) -> None:
         held = choice.queue.popleft()
         self.shown += held.size
         choice.begun = True
-        out.append(self._parser.release(held.frame))
+        out.write(self._parser.release(held.frame))
 
     def _may_leave(self, choice: _Choice, held: _Held) -> bool:
         if self._rules.mode == "hold" or held.frame.whole:

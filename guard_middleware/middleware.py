@@ -38,6 +38,7 @@ from guard_middleware.transaction import (
     Forward,
     Judged,
     Respond,
+    Rest,
     Send,
     Stop,
     Transaction,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ForClient = Respond | Begin | Send | End
+_ForClient = Respond | Begin | Send | Rest | End
 #: bytes of released answer that a client has not taken yet; past it the upstream waits
 _BACKLOG = 256 * 1024
 _API_VERSION = re.compile(rb"api-version=[A-Za-z0-9._-]{1,40}")
@@ -235,10 +236,18 @@ class _Exchange:
                     await self._send({"type": "http.response.body", "body": data, "more_body": True})
                     self._waiting_bytes -= len(data)
                     self._gate()
+                case Rest(pieces):
+                    self._held(time.perf_counter())
+                    for data in pieces:
+                        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                    return await self._end()
                 case End():
                     self._held(time.perf_counter())
-                    self._watcher_off()
-                    return await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+                    return await self._end()
+
+    async def _end(self) -> None:
+        self._watcher_off()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _held(self, now: float) -> None:
         """The time from the upstream's first byte to the first text that left, or to the end without any."""

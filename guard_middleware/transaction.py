@@ -16,8 +16,10 @@ the rest. ``record()`` is what telemetry and the audit log say of the request.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from itertools import chain
 from typing import Any
 
 from guard_middleware import enforce
@@ -126,11 +128,18 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """Send these pieces of the body, each when the one before it is gone; then the body is complete."""
+
+    pieces: Iterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The body is complete; the transaction is closed."""
 
 
-Command = Ask | Forward | Stop | Respond | Begin | Send | End
+Command = Ask | Forward | Stop | Respond | Begin | Send | Rest | End
 
 
 @dataclass(slots=True)
@@ -454,7 +463,7 @@ class Transaction:
             return []
         assert self._request is not None
         if len(stream.hold.cut_choices) == self._request.choices:
-            return self._finished(stream.hold.release())
+            return self._finished(stream)
         if self.phase is Phase.OUTPUT:
             return self._send(stream.hold.release()) if stream.begun else []
         asked: list[Command] = []
@@ -471,19 +480,28 @@ class Transaction:
             body = self._answer.render(ruling)
             self._remember(self._answer.answer_id)
             return self._close(self._reply(self._answer.content_type, body, self._settle()))
-        return self._finished(self._stream.hold.finish())
+        return self._finished(self._stream)
 
-    def _finished(self, data: bytes) -> list[Command]:
+    def _finished(self, stream: _Stream) -> list[Command]:
         """The end of a stream: every choice has its last verdict, or was cut."""
-        stream = self._stream
-        assert stream is not None
-        data += stream.parser.close(self._ruling())
+        ruling = self._ruling()
         self._remember(stream.parser.answer_id)
         action = self._settle()
         stopped = self._stopped()
+        pieces = stream.hold.finish(lambda: stream.parser.close(ruling))
+        data, more = next(pieces), next(pieces, None)
+        if more is not None:
+            self.phase = Phase.CLOSED
+            return [*stopped, *self._begin(action), Rest(self._counted(chain((data, more), pieces)))]
         if not stream.begun:
             return [*stopped, *self._close(self._reply(_SSE, data, action))]
         return [*stopped, *self._send(data), self._end()]
+
+    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for data in pieces:
+            self._released += len(data)
+            yield data
+        self._drop()
 
     def _settle(self) -> Action:
         action = enforce.worst(call.decision.action for call in self._calls)
@@ -552,12 +570,12 @@ class Transaction:
         kept = enforce.strip_response_headers(self._upstream_headers)
         return ((b"content-type", content_type), *kept, *enforce.guard_headers(self.id, action))
 
-    def _begin(self) -> list[Command]:
+    def _begin(self, action: str = "pending") -> list[Command]:
         assert self._stream is not None
         if self._stream.begun:
             return []
         self._stream.begun, self._sent_status = True, 200
-        return [Begin(200, self._head(_SSE, "pending"))]
+        return [Begin(200, self._head(_SSE, str(action)))]
 
     def _send(self, data: bytes) -> list[Command]:
         if not data:

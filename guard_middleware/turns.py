@@ -3,8 +3,10 @@
 Pure. ``view`` takes a conversation and what is known of its past, and leaves out two things, both judged before:
 
 - answers that were themselves judged unharmful, oldest first, once they and the client's words exceed ``characters``
-  (the newest keep a quarter of it at least, and of the last that fits partly its end);
+  (the newest keep an eighth of it at least, and of the last that fits partly its end);
 - the sight of images beyond the ``images`` newest; the text that was drawn in them stays.
+
+Turns of one role that come to stand side by side become one, which saves their headings.
 
 Everything else is in every view, whatever its length: definitions, system messages, every word of user and tool,
 assistant turns that no verdict of ours covers (a client can forge those), and all that is new. So a request that is
@@ -13,7 +15,7 @@ split over turns is always whole in the last verdict. docs/conversations.md says
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from guard_middleware.types import (
@@ -28,16 +30,16 @@ from guard_middleware.types import (
 )
 
 #: stands before the text of an image that is not shown again
-PICTURE = "(earlier picture)"
+PICTURE = "(picture)"
 #: the share of ``characters`` that the newest answers keep however much the client wrote
-_LEAST_SHARE = 4
+_LEAST_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TurnBounds:
     """How much of the past is read again; docs/conversations.md."""
 
-    characters: int = 2000
+    characters: int = 1500
     images: int = 2
 
 
@@ -88,8 +90,7 @@ def view(conversation: Conversation, past: Past, bounds: TurnBounds) -> View:
     images = sum(map(len, hidden.values()))
     if not left_out and not images:
         return View(conversation)
-    asked = replace(conversation, messages=tuple(shown[index] for index in sorted(shown)))
-    return View(asked, left_out, images)
+    return View(replace(conversation, messages=_joined([shown[i] for i in sorted(shown)])), left_out, images)
 
 
 def size(message: Message) -> int:
@@ -102,6 +103,21 @@ def size(message: Message) -> int:
             case ToolCall(_, name, arguments):
                 total += len(name) + len(arguments)
     return total
+
+
+def _joined(messages: Sequence[Message]) -> tuple[Message, ...]:
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is not None and last.role == message.role and _is_plain(last) and _is_plain(message):
+            joined[-1] = replace(last, parts=(*last.parts, *message.parts))
+        else:
+            joined.append(message)
+    return tuple(joined)
+
+
+def _is_plain(message: Message) -> bool:
+    return message.name is None and all(isinstance(part, Text) for part in message.parts)
 
 
 def _is_answer(message: Message) -> bool:

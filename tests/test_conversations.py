@@ -35,9 +35,9 @@ def test_a_turn_is_asked_about_without_the_sight_of_old_images_and_the_long_answ
         assert texts[:5] == [
             "be brief",
             "question 0",
-            "(earlier picture) drawn 0",
+            "(picture) drawn 0",
             "question 1",
-            "(earlier picture) drawn 1",
+            "(picture) drawn 1",
         ]
         assert texts[-1] == "and now?"
         assert [blob.data for blob in seen.blobs()] == [b"drawn 3", b"drawn 4"]

@@ -155,7 +155,7 @@ class Play:
         assert self.ahead <= (self.rules.leak_bound or 0)
 
     def finish(self) -> None:
-        self.take(self.hold.finish())
+        self.take(b"".join(self.hold.finish()))
 
 
 texts = st.text(alphabet="abcdefgh \u00e9\U0001f600", min_size=0, max_size=12)

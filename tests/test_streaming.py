@@ -88,7 +88,7 @@ def test_text_leaves_while_the_upstream_still_speaks_except_in_hold(tmp_path: Pa
     assert (client.first_text() < upstream.times[len(WORDS) // 2]) is early
 
 
-@pytest.mark.parametrize(("stream", "shown"), [(HOLD, 0), (WINDOW, 8 * 20), (ASYNC, 8 * 20 + 16 + 16)])
+@pytest.mark.parametrize(("stream", "shown"), [(HOLD, 0), (WINDOW, 8 * 20 + 9), (ASYNC, 8 * 20 + 16 + 16)])
 def test_a_harmful_answer_is_cut_where_it_becomes_harmful(tmp_path: Path, stream: str, shown: int) -> None:
     upstream = Speaker(HARM, pause=0.002)
     client = Client(chat())
@@ -108,6 +108,34 @@ def test_a_harmful_answer_is_cut_where_it_becomes_harmful(tmp_path: Path, stream
     )
     assert record["released_characters"] == len(client.text())
     assert 0 < record["leaked_characters"] <= 16 if stream == ASYNC else record["leaked_characters"] == 0
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_long_answer_that_was_held_leaves_piece_by_piece(tmp_path: Path, leaves: bool) -> None:
+    texts = [f"{n:06} " + "x" * 1000 for n in range(3000)]
+    pieces = 0
+
+    async def reads() -> None:
+        nonlocal pieces
+        pieces += 1
+        if leaves and pieces == 2:
+            client.gone.set()
+            await asyncio.sleep(10)
+
+    client = Client(chat(), reads=reads)
+    host = Host(tmp_path, Speaker(texts), HOLD)
+    host.run(client)
+    record = host.record
+    assert record["released_bytes"] >= len(client.data)
+    if leaves:
+        assert (client.complete, record["error"], record["released_bytes"] < 3e6) == (
+            False,
+            "client_disconnected",
+            True,
+        )
+    else:
+        assert (client.complete, client.text(), record["released_bytes"]) == (True, "".join(texts), len(client.data))
+    assert client.headers[b"x-guard-action"] == b"allow"
 
 
 def test_one_choice_is_cut_and_the_other_goes_on(tmp_path: Path) -> None:

@@ -525,6 +525,25 @@ def test_a_choice_that_said_nothing_of_its_own_is_cut_where_what_was_said_of_all
     assert b'"finish_reason":"stop"' not in commands[-1].reply.body
 
 
+def test_what_is_longer_than_a_piece_leaves_piece_by_piece() -> None:
+    tx = streaming()
+    words = [f"{n:05}" + "x" * 1000 for n in range(3000)]
+    for word in words:
+        tx.upstream_data(chunk(word))
+    tx.upstream_data(END)
+    begin, rest = judge(tx, tx.upstream_end(), verdict(response="unharmful"))
+    assert (b"x-guard-action", b"allow") in begin.headers
+    pieces = []
+    for piece in rest.pieces:
+        pieces.append(piece)
+        assert tx.record().released_bytes == sum(map(len, pieces))
+    assert [len(piece) // 2**20 for piece in pieces] == [1, 1, 1, 0]
+    assert said([Send(b"".join(pieces))]) == "".join(words)
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+    assert tx.record().released_characters == len("".join(words))
+    assert tx.phase is Phase.CLOSED
+
+
 def test_a_long_hold_back_comes_out_as_it_went_in() -> None:
     tx = streaming()
     words = [f"w{n} " for n in range(3000)]

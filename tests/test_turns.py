@@ -11,6 +11,7 @@ from guard_middleware.types import (
     Conversation,
     Definition,
     Message,
+    Part,
     Reasoning,
     Text,
     ToolCall,
@@ -66,10 +67,18 @@ def test_judged_answers_go_oldest_first_and_the_one_that_does_not_fit_keeps_its_
     assert seen.conversation.definitions == TALK.definitions
 
 
-def test_the_newest_answer_keeps_a_quarter_however_much_the_client_wrote() -> None:
+def test_the_newest_answer_keeps_an_eighth_however_much_the_client_wrote() -> None:
     long = replace(TALK, messages=(user("x" * 5000), *TALK.messages[1:]))
-    seen = view(long, KNOWN, TurnBounds(400))
+    seen = view(long, KNOWN, TurnBounds(800))
     assert texts(seen) == ["x" * 5000, "one", "two", "three", "C" * 100, "four"]
+
+
+def test_turns_of_one_role_side_by_side_become_one_unless_they_hold_more_than_text() -> None:
+    named = replace(user("d"), name="ann")
+    talk = Conversation((user("a"), model("A" * 99), user("b"), user("c", image("1")), user("d"), named, user("e")))
+    seen = view(talk, Past(6, frozenset({1})), TurnBounds(0, 9))
+    joined = Message("user", (Text("a"), Text("b")))
+    assert seen.conversation.messages == (joined, *talk.messages[3:])
 
 
 def test_an_answer_that_nobody_judged_stays_as_the_clients_word() -> None:
@@ -134,16 +143,13 @@ def test_whatever_the_client_wrote_is_in_every_view(
     drawn = {blob.digest: f"drawn{blob.digest[:4]}" for blob in talk.blobs()}
     seen = view(talk, Past(judged, answers, drawn), TurnBounds(characters, images))
     client = [(index, said) for index, said in enumerate(messages) if index not in ours]
-    left = [said for said in seen.conversation.messages if not is_answer(said)]
-    for (index, message), shown in zip(client, left, strict=True):
-        assert len(shown.parts) == len(message.parts)
-        for was, now in zip(message.parts, shown.parts, strict=True):
-            hidden = isinstance(was, Blob) and index < judged
-            assert was == now or (hidden and now == Text(f"{PICTURE} {drawn[was.digest]}"))
+    written = [(index, said.role, part) for index, said in client for part in said.parts]
+    left = [(said.role, part) for said in seen.conversation.messages for part in said.parts if not is_answer(part)]
+    for (index, role, was), (shown_as, now) in zip(written, left, strict=True):
+        hidden = isinstance(was, Blob) and index < judged
+        assert role == shown_as
+        assert was == now or (hidden and now == Text(f"{PICTURE} {drawn[was.digest]}"))
 
 
-def is_answer(message: Message) -> bool:
-    match message.parts:
-        case (Text(text),):
-            return message.role == "assistant" and not text.strip("~")
-    return False
+def is_answer(part: Part) -> bool:
+    return isinstance(part, Text) and not part.text.strip("~")

@@ -19,8 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from guard_middleware.scripted import ScriptedUpstream, Turn
+from tests.clients import environments
 from tests.clients.contract import ANSWERS, CALLS, SETTINGS, TURNS, Call, Case
-from tests.clients.environments import Environment
 from tests.support.gateway import Gateway, chat, eventually, scripted_worker
 
 
@@ -73,16 +73,17 @@ class Stage:
     upstream: Upstream
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def play(self, client: str, environment: Environment) -> None:
-        """Does every call of a client in every case."""
+    def play(self, client: str) -> None:
+        """Does every call of a client in every case; raises ``environments.Missing``."""
+        command = environments.command(client)
         jobs = [self._job(client, call, case) for call in CALLS[client] for case in call.cases]
         done = subprocess.run(
-            environment.command(client),
+            command,
             input=json.dumps(jobs),
             capture_output=True,
             text=True,
             timeout=280,
-            env=environment.variables(),
+            env=environments.variables(),
             check=False,
         )
         lines = [line.removeprefix("result ") for line in done.stdout.splitlines() if line.startswith("result ")]
@@ -97,7 +98,7 @@ class Stage:
     def records(self, client: str, call: Call, case: Case) -> list[dict[str, Any]]:
         """The decision log's lines of a call: one for each request that reached the gateway."""
         job = self._job(client, call, case)
-        return eventually(lambda: self.gateways[case.guard].records(model=job["model"]))
+        return eventually(lambda: self.gateways[case.guard].records(model=job["model"]), seconds=5)
 
     def _job(self, client: str, call: Call, case: Case) -> dict[str, Any]:
         id = _id(client, call, case)

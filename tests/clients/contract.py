@@ -6,8 +6,9 @@ against the rule of the case; ``cell`` is what docs/clients.md says of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from guard_middleware.scripted import Answer
@@ -74,8 +75,8 @@ CASES = (
 class Call:
     """One way to ask. ``parsed``: the answer must be JSON. ``whole``: shows text only once the answer is complete.
 
-    ``comes_again`` is how many requests it makes of a gateway that says ``retry-after: 1``; None is not asked, because
-    the wait is long and the clients' own code for it is the same for all their calls.
+    ``requests`` are how many reach the gateway, by case, where it is not one. ``gone`` is asked only where it is named:
+    it takes seconds, and a client's own code for it is the same for all its calls.
     """
 
     name: str
@@ -83,12 +84,12 @@ class Call:
     streams: bool = False
     parsed: bool = False
     whole: bool = False
-    comes_again: int | None = None
+    requests: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cases(self) -> tuple[Case, ...]:
         skipped = {case.name for case in CASES if case.only_streams and not self.streams}
-        skipped |= {"gone"} if self.comes_again is None else set()
+        skipped |= {"gone"} - self.requests.keys()
         return tuple(case for case in CASES if case.name not in skipped)
 
     def answer(self, case: Case) -> str:
@@ -96,43 +97,117 @@ class Call:
 
     def hits(self, case: Case) -> int:
         """How many requests reach the gateway."""
-        return self.comes_again or 1 if case.name == "gone" else 1
+        return self.requests.get(case.name, 1)
 
 
 def both(*calls: Call) -> tuple[Call, ...]:
     """The calls, and the same of the asynchronous client."""
-    later = [replace(call, name=f"async {call.name}", comes_again=None) for call in calls]
+    later = [replace(call, name=f"async {call.name}", requests={}) for call in calls]
     return (*calls, *later)
 
 
+#: a client that comes again after ``retry-after``, twice; one that does not; one that comes again after every 5xx,
+#: whatever ``x-should-retry`` says
+AGAIN, ONCE, STUBBORN = {"gone": 3}, {"gone": 1}, {"down": 3}
 CHAT, RESPONSES, COMPLETIONS, MESSAGES = "chat_completions", "responses", "completions", "messages"
 CALLS: Mapping[str, tuple[Call, ...]] = {
     "openai (Python)": both(
-        Call("chat.create", CHAT, comes_again=3),
+        Call("chat.create", CHAT, requests=AGAIN),
         Call("chat.create stream", CHAT, streams=True),
         Call("chat.stream()", CHAT, streams=True),
         Call("chat.parse()", CHAT, parsed=True),
-        Call("responses.create", RESPONSES, comes_again=3),
+        Call("responses.create", RESPONSES, requests=AGAIN),
         Call("responses.create stream", RESPONSES, streams=True),
         Call("responses.stream()", RESPONSES, streams=True),
         Call("responses.parse()", RESPONSES, parsed=True),
-        Call("completions.create", COMPLETIONS, comes_again=3),
+        Call("completions.create", COMPLETIONS, requests=AGAIN),
         Call("completions.create stream", COMPLETIONS, streams=True),
     ),
     "anthropic (Python)": both(
-        Call("messages.create", MESSAGES, comes_again=3),
+        Call("messages.create", MESSAGES, requests=AGAIN),
         Call("messages.create stream", MESSAGES, streams=True),
         Call("messages.stream()", MESSAGES, streams=True),
         Call("messages.parse()", MESSAGES, parsed=True),
         Call("tool_runner()", MESSAGES),
         Call("tool_runner() stream", MESSAGES, streams=True),
     ),
+    "LangChain (Python)": (
+        Call("ChatOpenAI.invoke", CHAT, requests=AGAIN),
+        Call("ChatOpenAI.stream", CHAT, streams=True),
+        Call("ChatOpenAI.structured", CHAT, parsed=True),
+        Call("ChatOpenAI.ainvoke", CHAT),
+        Call("ChatOpenAI.astream", CHAT, streams=True),
+        Call("ChatOpenAI(use_responses_api).invoke", RESPONSES, requests=AGAIN),
+        Call("ChatOpenAI(use_responses_api).stream", RESPONSES, streams=True),
+        Call("ChatOpenAI(use_responses_api).structured", RESPONSES, parsed=True),
+        Call("ChatOpenAI(use_responses_api).ainvoke", RESPONSES),
+        Call("ChatOpenAI(use_responses_api).astream", RESPONSES, streams=True),
+        Call("ChatAnthropic.invoke", MESSAGES, requests=AGAIN),
+        Call("ChatAnthropic.stream", MESSAGES, streams=True),
+        Call("ChatAnthropic.structured", MESSAGES, parsed=True),
+        Call("ChatAnthropic.ainvoke", MESSAGES),
+        Call("ChatAnthropic.astream", MESSAGES, streams=True),
+    ),
+    "LiteLLM SDK (Python)": (
+        *both(
+            Call("completion(openai/)", CHAT, requests=AGAIN),
+            Call("completion(openai/) stream", CHAT, streams=True),
+            Call("completion(anthropic/)", MESSAGES, requests=ONCE),
+            Call("completion(anthropic/) stream", MESSAGES, streams=True),
+            Call("text_completion()", COMPLETIONS, requests=AGAIN),
+            Call("text_completion() stream", COMPLETIONS, streams=True),
+            Call("responses()", RESPONSES, requests=ONCE),
+            Call("responses() stream", RESPONSES, streams=True),
+        ),
+        Call("anthropic.messages.acreate", MESSAGES, requests=ONCE),
+        Call("anthropic.messages.acreate stream", MESSAGES, streams=True),
+    ),
+    "openai (JavaScript)": (
+        Call("chat.create", CHAT, requests=AGAIN),
+        Call("chat.create stream", CHAT, streams=True),
+        Call("chat.stream()", CHAT, streams=True),
+        Call("chat.parse()", CHAT, parsed=True),
+        Call("responses.create", RESPONSES, requests=AGAIN),
+        Call("responses.create stream", RESPONSES, streams=True),
+        Call("responses.stream()", RESPONSES, streams=True),
+        Call("responses.parse()", RESPONSES, parsed=True),
+        Call("completions.create", COMPLETIONS, requests=AGAIN),
+        Call("completions.create stream", COMPLETIONS, streams=True),
+    ),
+    "@anthropic-ai/sdk (JavaScript)": (
+        Call("messages.create", MESSAGES, requests=AGAIN),
+        Call("messages.create stream", MESSAGES, streams=True),
+        Call("messages.stream()", MESSAGES, streams=True),
+        Call("messages.parse()", MESSAGES, parsed=True),
+        Call("toolRunner()", MESSAGES),
+        Call("toolRunner() stream", MESSAGES, streams=True),
+    ),
+    "Vercel ai (JavaScript)": tuple(
+        call
+        for name, dialect in (
+            ("openai.chat()", CHAT),
+            ("openai.responses()", RESPONSES),
+            ("openai.completion()", COMPLETIONS),
+            ("anthropic()", MESSAGES),
+        )
+        for call in (
+            Call(f"generateText({name})", dialect, requests=AGAIN | STUBBORN),
+            *(
+                []
+                if dialect == COMPLETIONS
+                else [Call(f"generateText({name}, Output.object)", dialect, parsed=True, requests=STUBBORN)]
+            ),
+            Call(f"streamText({name})", dialect, streams=True, requests=STUBBORN),
+        )
+    ),
 }
 
 #: how clients name the end of an answer
 ENDED = frozenset({"stop", "end_turn", "completed"})
-FILTERED = frozenset({"content_filter", "refusal", "incomplete: content_filter"})
-#: what a client may raise where an answer was blocked: (class, what its message must say)
+FILTERED = frozenset({"content_filter", "refusal", "incomplete: content_filter", "content-filter"})
+#: our own words where a client shows a refusal as text
+_PUBLIC = re.compile(r"The answer was blocked by the content policy of this service \(decision [a-z0-9_.]+\)\.")
+#: what a client may raise where an answer was blocked, if it names no reason: (class, what its message must say)
 RAISED = (
     ("ContentFilterFinishReasonError", "content filter"),
     # the helper of the Responses API knows no end but `response.completed`
@@ -142,7 +217,7 @@ RAISED = (
 
 def wrong(call: Call, case: Case, saw: Mapping[str, Any]) -> str | None:
     """What is wrong with what the caller saw, or None."""
-    text, finish, error = str(saw["text"]), saw["finish"], saw["error"]
+    text, finish, error = _PUBLIC.sub("", saw["text"]), saw["finish"], saw["error"]
     if leaked := [word for word in LEAKS if word in text and case.outcome != "annotated"]:
         return f"leaked {leaked}"
     match case.name:
@@ -154,10 +229,9 @@ def wrong(call: Call, case: Case, saw: Mapping[str, Any]) -> str | None:
             if error or finish not in ENDED:
                 return "is no whole answer"
             return None if text.strip() == ANSWERS[call.answer(case)] else "the text is not the upstream's"
-    if error is None and finish not in FILTERED:
-        return "a blocked answer that looks like an ordinary one"
-    if error and not any(error["type"] == kind and words in error["message"] for kind, words in RAISED):
-        return "the exception does not say what happened"
+    typed = error and any(error["type"] == kind and words in error["message"] for kind, words in RAISED)
+    if finish not in FILTERED and not typed:
+        return "nothing says that the answer was blocked"
     if case.name == "midstream" and not call.whole:
         shown = len(text) > 40 and SAFE.startswith(text)
         return None if shown else "what had been released is not what the caller has"

@@ -459,7 +459,7 @@ def test_window_by_window_the_same_bytes_leave_and_calls_only_at_the_end(
             hold.cleared(window)
         early += hold.release()
     assert "tool_use" not in early.decode()
-    late = hold.finish() + stream.close(ruling(Action.ALLOW))
+    late = b"".join(hold.finish()) + stream.close(ruling(Action.ALLOW))
     assert early + late == read(*events).render(ruling(Action.ALLOW))
 
 

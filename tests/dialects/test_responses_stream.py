@@ -138,7 +138,7 @@ def test_window_by_window_the_same_stream_leaves() -> None:
         shown_early = max(shown_early, out.count(b".delta"))
     stream.finish()
     assert shown_early > 60
-    out += hold.finish() + stream.close(ruling(Action.ALLOW))
+    out += b"".join(hold.finish()) + stream.close(ruling(Action.ALLOW))
     assert frames(out) == plain(told)
 
 

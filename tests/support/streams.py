@@ -24,7 +24,7 @@ class Finished:
         for answer in self.answers:
             if ruling.blocked(answer.index, bool(answer.message.parts)):
                 hold.cut(answer.index, ruling.choices[answer.index], ruling.soft)
-        return hold.finish() + self.parser.close(ruling)
+        return b"".join(hold.finish()) + self.parser.close(ruling)
 
 
 def finished(parser: StreamParser, events: Iterable[Event]) -> Finished:
