@@ -78,7 +78,7 @@ def test_activations_are_what_a_real_forward_pass_keeps(tmp_path: Path) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model.language_model(input_ids=torch.zeros(2, 512, dtype=torch.long), use_cache=False)
     real = sum(storage.nbytes() for storage in kept.values())
-    tile = 4 * 2 * dict(made.shapes)["logits of the answers"][0] * 12288
+    tile = 4 * 2 * dict(made.shapes)["logits of the answers"][0] * config.text_config.vocab_size
     assert _part(made, "activations")[0] - tile == pytest.approx(real, rel=0.15)
 
 
