@@ -132,7 +132,7 @@ class HoldBack:
     """The queue of one streamed answer. ``parser`` encodes what leaves it, in the order in which it leaves."""
 
     def __init__(self, parser: StreamParser, rules: StreamRules) -> None:
-        self._parser, self._rules = parser, rules
+        self._parser, self._rules, self._mode = parser, rules, rules.mode
         self._choices: dict[int, _Choice] = {}
         #: the most characters of one choice that left before they were judged
         self.leaked = 0
@@ -142,7 +142,7 @@ class HoldBack:
     @property
     def paused(self) -> bool:
         """Whether the upstream should wait: an ``async`` choice has used up its bound."""
-        return self._rules.mode == "async" and any(
+        return self._mode == "async" and any(
             choice.waiting and (head := choice.queue.head) is not None and not head.frame.whole
             for choice in self._choices.values()
         )
@@ -157,23 +157,21 @@ class HoldBack:
             choice = self._choice(frame.choice)
             if choice.ending:
                 continue
-            ends = []
-            for said in frame.said if not frame.whole else ():
-                surface = choice.surfaces.setdefault(said.surface, _Surface(said.reasoning))
-                if self._rules.mode != "hold":
-                    surface.texts.append(said.text)
-                surface.length += len(said.text)
-                choice.unasked += len(said.text)
-                ends.append((said.surface, surface.length))
-            choice.queue.append(_Held(frame, tuple(ends), sum(len(said.text) for said in frame.said)))
+            size = 0
+            for said in frame.said:
+                size += len(said.text)
+            ends = () if frame.whole or self._mode == "hold" else _gather(choice, frame)
+            choice.queue.append(_Held(frame, ends, size))
 
-    def due(self) -> Iterator[Window]:
+    def due(self) -> list[Window]:
         """Windows to ask about now; each must come back through ``cleared`` or ``cut``."""
-        if self._rules.mode == "hold":
-            return
-        for index, choice in self._choices.items():
-            if not choice.waiting and not choice.ending and self._full(choice):
-                yield self._window(index, choice)
+        if self._mode == "hold":
+            return []
+        return [
+            self._window(index, choice)
+            for index, choice in self._choices.items()
+            if not choice.waiting and not choice.ending and self._full(choice)
+        ]
 
     def cleared(self, window: Window) -> None:
         """The window's text may leave."""
@@ -198,15 +196,16 @@ class HoldBack:
 
     def release(self) -> bytes:
         """What may leave now, encoded."""
-        out = io.BytesIO()
+        out: list[bytes] = []
         for index, choice in self._choices.items():
-            self._tell(index, choice, out)
+            if choice.ending and not choice.told:
+                out.append(self._tell(index, choice))
             while (held := choice.queue.head) is not None and self._may_leave(choice, held):
                 self._count(choice, held)
-                self._leave(choice, out)
+                out.append(self._leave(choice))
             if not choice.begun:
                 break
-        return out.getvalue()
+        return b"".join(out)
 
     def finish(self, close: Callable[[], bytes] = bytes) -> Iterator[bytes]:
         """All that is left, after the last verdict on every choice that was not cut, and then what ``close`` says.
@@ -215,9 +214,10 @@ class HoldBack:
         """
         out = io.BytesIO()
         for index, choice in self._choices.items():
-            self._tell(index, choice, out)
+            if choice.ending and not choice.told:
+                out.write(self._tell(index, choice))
             while choice.queue.head is not None:
-                self._leave(choice, out)
+                out.write(self._leave(choice))
                 if out.tell() >= _PIECE:
                     yield out.getvalue()
                     out = io.BytesIO()
@@ -225,36 +225,37 @@ class HoldBack:
         yield out.getvalue()
 
     def _choice(self, index: int) -> _Choice:
-        if index not in self._choices:
-            self._choices[index] = _Choice(self._rules.first_window)
-        return self._choices[index]
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(self._rules.first_window)
+        return choice
 
-    def _tell(self, index: int, choice: _Choice, out: io.BytesIO) -> None:
-        if choice.ending is not None and not choice.told:
-            choice.told = choice.begun = True
-            out.write(self._parser.cut(index, *choice.ending))
+    def _tell(self, index: int, choice: _Choice) -> bytes:
+        assert choice.ending is not None
+        choice.told = choice.begun = True
+        return self._parser.cut(index, *choice.ending)
 
-    def _leave(self, choice: _Choice, out: io.BytesIO) -> None:
+    def _leave(self, choice: _Choice) -> bytes:
         held = choice.queue.popleft()
         self.shown += held.size
         choice.begun = True
-        out.write(self._parser.release(held.frame))
+        return self._parser.release(held.frame)
 
     def _may_leave(self, choice: _Choice, held: _Held) -> bool:
-        if self._rules.mode == "hold" or held.frame.whole:
+        if self._mode == "hold" or held.frame.whole:
             return False
-        if all(end <= choice.surfaces[name].cleared for name, end in held.ends):
+        if _judged(choice, held):
             return True
-        return self._rules.mode == "async" and choice.leaked + held.size <= (self._rules.leak_bound or 0)
+        return self._mode == "async" and choice.leaked + held.size <= (self._rules.leak_bound or 0)
 
     def _count(self, choice: _Choice, held: _Held) -> None:
-        if any(end > choice.surfaces[name].cleared for name, end in held.ends):
+        if not _judged(choice, held):
             choice.leaked += held.size
             self.leaked = max(self.leaked, choice.leaked)
 
     def _full(self, choice: _Choice) -> bool:
         """Whether a window is worth its question: it must be twice what it repeats, on however many surfaces."""
-        if self._rules.mode == "async":
+        if self._mode == "async":
             return choice.unasked > 0
         return choice.unasked >= choice.window and choice.unasked >= 2 * sum(
             min(surface.asked, self._rules.overlap) for surface in choice.surfaces.values() if _new(surface)
@@ -269,6 +270,24 @@ class HoldBack:
         choice.window = min(int(choice.window * self._rules.growth), self._rules.last_window)
         marks = {name: surface.length for name, surface in choice.surfaces.items()}
         return Window(index, choice.windows, message, marks)
+
+
+def _gather(choice: _Choice, frame: Frame) -> tuple[tuple[str, int], ...]:
+    """Adds the frame's text to its surfaces; where it ends on each."""
+    ends = []
+    for said in frame.said:
+        surface = choice.surfaces.get(said.surface)
+        if surface is None:
+            surface = choice.surfaces[said.surface] = _Surface(said.reasoning)
+        surface.texts.append(said.text)
+        surface.length += len(said.text)
+        choice.unasked += len(said.text)
+        ends.append((said.surface, surface.length))
+    return tuple(ends)
+
+
+def _judged(choice: _Choice, held: _Held) -> bool:
+    return all(end <= choice.surfaces[name].cleared for name, end in held.ends)
 
 
 def _new(surface: _Surface) -> bool:

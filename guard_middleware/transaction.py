@@ -282,7 +282,7 @@ class Transaction:
                 self._stream.hold.feed(self._stream.parser.feed(event))
         except SSEError as error:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, str(error)) from None
-        return self._go_on()
+        return [] if self._mode == "hold" else self._go_on()
 
     def upstream_end(self) -> list[Command]:
         """The whole answer has come. Raises ``UpstreamError`` where it cannot be screened."""

@@ -39,8 +39,9 @@ def _python(driver: str) -> list[str]:
     requirements = HERE / "requirements.txt"
     if not _made(folder, requirements):
         shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-        _run([str(program), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", str(requirements)])
+        _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
+        pip = [sys.executable, "-m", "pip", "--python", str(program), "--disable-pip-version-check", "install"]
+        _run([*pip, "--quiet", "--no-deps", "--no-compile", "-r", str(requirements)])
         _make(folder, requirements)
     return [str(program), str(HERE / "drivers" / driver)]
 

@@ -11,6 +11,7 @@ import pytest
 from tests.clients import environments
 from tests.clients.conftest import Stage
 from tests.clients.contract import CALLS, Call, Case, cell, wrong
+from tests.clients.docs import DOCS, table, with_section
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EVERY = [
@@ -56,4 +57,17 @@ def test_a_caller_sees_what_happened_and_nothing_is_sent_twice(
     assert [(r["dialect"], r["stream"], r["outcome"], r["upstream_called"]) for r in records] == [
         (call.dialect, call.streams, case.outcome, case.called)
     ] * call.hits(case)
-    print(cell(call, case, saw))
+
+
+@pytest.mark.parametrize("client", CALLS)
+def test_the_documentation_says_what_was_measured(played: Callable[[str], Stage], client: str) -> None:
+    stage = played(client)
+    measured = {
+        call.name: {case.name: cell(call, case, stage.saw(client, call, case)) for case in call.cases}
+        for call in CALLS[client]
+    }
+    text = DOCS.read_text("utf-8")
+    told = with_section(text, client, table(CALLS[client], measured))
+    if "UPDATE_DOCS" in os.environ:
+        DOCS.write_text(told, "utf-8")
+    assert told == text or "UPDATE_DOCS" in os.environ, "run this test with UPDATE_DOCS=1"
