@@ -38,7 +38,7 @@ def played(stage: Stage) -> Callable[[str], Stage]:
 
     def asked(client: str) -> Stage:
         missing = play(client)
-        if missing is not None and "CI" in os.environ:
+        if missing is not None and "GUARD_REQUIRE_CLIENTS" in os.environ:
             raise missing
         if missing is not None:
             pytest.skip(f"{client}: {missing}")
