@@ -111,8 +111,8 @@ class GuardMiddleware:
 class _Exchange:
     """One HTTP request: reads, asks, forwards and sends as its transaction commands.
 
-    Questions and the upstream call are tasks that feed the transaction; what it commands for the client waits in
-    ``_outbox`` for the one loop that sends.
+    Questions and the upstream call are tasks that feed the transaction, and go on with what it commands next; what it
+    commands for the client waits in ``_outbox`` for the one loop that sends.
     """
 
     def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: ASGISend) -> None:
@@ -175,10 +175,10 @@ class _Exchange:
     def _do(self, commands: Sequence[Command]) -> None:
         for command in commands:
             match command:
-                case Ask(call):
-                    self._start(self._ask, call)
-                case Forward(body):
-                    self._upstream = self._start(self._forward, body)
+                case Ask() | Forward():
+                    task = self._start(self._work, command)
+                    if isinstance(command, Forward):
+                        self._upstream = task
                 case Stop():
                     if self._upstream is not None and self._upstream is not asyncio.current_task():
                         self._upstream.cancel()
@@ -197,7 +197,6 @@ class _Exchange:
     def _start(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> asyncio.Task[None]:
         task = asyncio.create_task(self._guarded(work, *given))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         return task
 
     async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> None:
@@ -209,6 +208,23 @@ class _Exchange:
                 self._do(self._tx.fail(error))
         except Exception as error:
             self._outbox.put_nowait(error)
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.discard(task)
+
+    async def _work(self, command: Ask | Forward) -> None:
+        """A question or the upstream call; where what comes of it is one more of them, that is done in this task."""
+        while True:
+            if isinstance(command, Forward):
+                self._upstream = asyncio.current_task()
+                commands = await self._forward(command.body)
+            else:
+                commands = await self._ask(command.call)
+            if not commands or not isinstance(commands[-1], Ask | Forward):
+                return self._do(commands)
+            self._do(commands[:-1])
+            command = commands[-1]
 
     async def _serve(self) -> None:
         """Sends what the transaction commands, until it is closed."""
@@ -342,7 +358,7 @@ class _Exchange:
 
     # -- the guard --
 
-    async def _ask(self, call: Call) -> None:
+    async def _ask(self, call: Call) -> list[Command]:
         span = self._span.guard_call(call.source, call.choice)
         started = time.perf_counter()
         outcome = await self._runtime.guard.moderate(
@@ -350,14 +366,13 @@ class _Exchange:
         )
         judged = Judged(call, outcome, time.perf_counter() - started)
         try:
-            commands = self._tx.judged(judged)  # raises where an answer that came before it cannot be screened
+            return self._tx.judged(judged)  # raises where an answer that came before it cannot be screened
         finally:
             span.end(outcome, self._tx.calls[-1].decision)
-        self._do(commands)
 
     # -- the upstream --
 
-    async def _forward(self, body: bytes) -> None:
+    async def _forward(self, body: bytes) -> list[Command]:
         tx, span = self._tx, self._span
         pending = [{"type": "http.request", "body": body, "more_body": False}]
         complete = False
@@ -404,7 +419,7 @@ class _Exchange:
             span.upstream_ended(None if broken is None else broken.kind.value)
         if broken is not None:
             raise broken
-        self._do(tx.upstream_end())
+        return tx.upstream_end()
 
     # -- the client --
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +104,19 @@ def test_a_conversation_whose_image_was_forgotten_is_not_known() -> None:
         other = Conversation((Message("user", (Blob("image/png", b"x" * 4000),)),))
         await history.remember("me", "resp_2", other)
         assert await history.find("me", "resp_2") == other
+        await unknown(history, "me", "resp_1")
+
+    run(work())
+
+
+def test_an_image_that_is_not_the_one_that_was_judged_is_not_given_back() -> None:
+    class Swapped(MemoryStore):
+        async def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+            return [b"other" if value == PHOTO.data else value for value in await super().get(keys)]
+
+    async def work() -> None:
+        history = History(Swapped(entries=100, size=10**6, ttl=60), max_bytes=10**6)
+        await history.remember("me", "resp_1", TALK)
         await unknown(history, "me", "resp_1")
 
     run(work())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from guard_middleware.scripted import Answer
+from guard_middleware.scripted import Answer, Calls
 
 PROMPT, HARMFUL_PROMPT = "how do I bake bread?", "how do I pick a lock?"
 GOOD = "Bread needs an hour in the oven, and another hour on the rack before it is cut."
@@ -27,6 +27,8 @@ ANSWERS: Mapping[str, Answer] = {
     "bad": BAD,
     "late": SAFE + BAD,
     "good_json": '{"city": "Ghent"}',
+    "calls": Calls({"query": "bread"}, GOOD),
+    "bad_calls": Calls({"query": "how to pick a lock with two bits of wire"}, GOOD),
     "bad_json": '{"city": "pick a lock with two bits of wire"}',
 }
 SETTINGS: Mapping[str, Any] = {
@@ -68,28 +70,33 @@ CASES = (
     Case("down", "guard down", "good", "guard_error", guard="hangs"),
     Case("gone", "guard restarting", "good", "guard_error", guard="gone"),
     Case("annotate", "annotated", "bad", "annotated", tenant="annotate"),
+    Case("tool", "allowed tool call", "calls", "allowed"),
+    Case("bad_tool", "blocked tool call", "bad_calls", "blocked"),
 )
+#: only for calls that run tools by themselves
+TOOLS = {"tool", "bad_tool"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One way to ask. ``parsed``: the answer must be JSON. ``whole``: shows text only once the answer is complete.
+    """One way to ask. ``parsed``: the answer must be JSON.
 
-    ``requests`` are how many reach the gateway, by case, where it is not one. ``gone`` is asked only where it is named:
-    it takes seconds, and a client's own code for it is the same for all its calls.
+    ``tools``: offers a tool and runs it. ``requests`` are how many reach the gateway, by case, where it is not one;
+    ``gone`` is asked only where it is named: it takes seconds, and a client's own code for it is the same for all its
+    calls.
     """
 
     name: str
     dialect: str
     streams: bool = False
     parsed: bool = False
-    whole: bool = False
+    tools: bool = False
     requests: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cases(self) -> tuple[Case, ...]:
         skipped = {case.name for case in CASES if case.only_streams and not self.streams}
-        skipped |= {"gone"} - self.requests.keys()
+        skipped |= {"gone"} - self.requests.keys() | (set() if self.tools else TOOLS)
         return tuple(case for case in CASES if case.name not in skipped)
 
     def answer(self, case: Case) -> str:
@@ -102,13 +109,18 @@ class Call:
 
 def both(*calls: Call) -> tuple[Call, ...]:
     """The calls, and the same of the asynchronous client."""
-    later = [replace(call, name=f"async {call.name}", requests={}) for call in calls]
+    later = []
+    for call in calls:
+        requests = {name: hits for name, hits in call.requests.items() if name != "gone"}
+        later.append(replace(call, name=f"async {call.name}", requests=requests))
     return (*calls, *later)
 
 
 #: a client that comes again after ``retry-after``, twice; one that does not; one that comes again after every 5xx,
 #: whatever ``x-should-retry`` says
 AGAIN, ONCE, STUBBORN = {"gone": 3}, {"gone": 1}, {"down": 3}
+#: one for the call, one with the tool's result
+TWO_TURNS = {"tool": 2}
 CHAT, RESPONSES, COMPLETIONS, MESSAGES = "chat_completions", "responses", "completions", "messages"
 CALLS: Mapping[str, tuple[Call, ...]] = {
     "openai (Python)": both(
@@ -128,8 +140,8 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         Call("messages.create stream", MESSAGES, streams=True),
         Call("messages.stream()", MESSAGES, streams=True),
         Call("messages.parse()", MESSAGES, parsed=True),
-        Call("tool_runner()", MESSAGES),
-        Call("tool_runner() stream", MESSAGES, streams=True),
+        Call("tool_runner()", MESSAGES, tools=True, requests=TWO_TURNS),
+        Call("tool_runner() stream", MESSAGES, streams=True, tools=True, requests=TWO_TURNS),
     ),
     "LangChain (Python)": (
         Call("ChatOpenAI.invoke", CHAT, requests=AGAIN),
@@ -179,8 +191,8 @@ CALLS: Mapping[str, tuple[Call, ...]] = {
         Call("messages.create stream", MESSAGES, streams=True),
         Call("messages.stream()", MESSAGES, streams=True),
         Call("messages.parse()", MESSAGES, parsed=True),
-        Call("toolRunner()", MESSAGES),
-        Call("toolRunner() stream", MESSAGES, streams=True),
+        Call("toolRunner()", MESSAGES, tools=True, requests=TWO_TURNS),
+        Call("toolRunner() stream", MESSAGES, streams=True, tools=True, requests=TWO_TURNS),
     ),
     "Vercel ai (JavaScript)": tuple(
         call
@@ -225,14 +237,19 @@ def wrong(call: Call, case: Case, saw: Mapping[str, Any]) -> str | None:
             return _refused(text, error, 400, "content_filter", "blocked by the content policy")
         case "down" | "gone":
             return _refused(text, error, 503, "guard_unavailable", "could not be moderated")
-        case "allowed" | "annotate":
+        case "allowed" | "annotate" | "tool":
             if error or finish not in ENDED:
                 return "is no whole answer"
-            return None if text.strip() == ANSWERS[call.answer(case)] else "the text is not the upstream's"
+            if ("the tool ran" in saw["marks"]) != (case.name == "tool"):
+                return "the tool ran, or did not"
+            whole = GOOD if case.name == "tool" else ANSWERS[call.answer(case)]
+            return None if text.strip() == whole else "the text is not the upstream's"
     typed = error and any(error["type"] == kind and words in error["message"] for kind, words in RAISED)
     if finish not in FILTERED and not typed:
         return "nothing says that the answer was blocked"
-    if case.name == "midstream" and not call.whole:
+    if "the tool ran" in saw["marks"]:
+        return "a blocked call was done"
+    if case.name == "midstream":
         shown = len(text) > 40 and SAFE.startswith(text)
         return None if shown else "what had been released is not what the caller has"
     return None if not text else "text of a blocked answer"

@@ -331,6 +331,7 @@ class Gateway(Process):
         settings = {
             "worker": {"socket": str(worker), "manage": False},
             "audit": {"path": str(self.log)},
+            "cache": {"verdicts": {"entries": 0}},  # what fails is to be asked again, and again
             **(config or {}),
         }
         self.config.write_text(json.dumps(settings, indent=1))

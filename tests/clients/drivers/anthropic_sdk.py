@@ -15,24 +15,18 @@ class Weather(BaseModel):
     city: str
 
 
-@beta_tool
-def look_up(query: str) -> str:
-    """Looks something up.
+def tool(seen: Seen, make: Any = beta_tool) -> Any:
+    """A tool that leaves a mark when it runs."""
 
-    Args:
-        query: what to look for
-    """
-    return f"Nothing on {query}."
+    def look_up(query: str) -> str:
+        seen.mark("the tool ran", query)
+        return f"Nothing on {query}."
 
+    async def look_up_later(query: str) -> str:
+        return look_up(query)
 
-@beta_async_tool
-async def look_up_later(query: str) -> str:
-    """Looks something up.
-
-    Args:
-        query: what to look for
-    """
-    return f"Nothing on {query}."
+    run = look_up if make is beta_tool else look_up_later
+    return make(run, name="look_up", description="Looks something up.")
 
 
 @cache
@@ -89,11 +83,11 @@ def helper(job: Job, seen: Seen) -> None:
 
 
 def tool_runner(job: Job, seen: Seen) -> None:
-    message(sync(job).beta.messages.tool_runner(**ask(job), tools=[look_up]).until_done(), seen)
+    message(sync(job).beta.messages.tool_runner(**ask(job), tools=[tool(seen)]).until_done(), seen)
 
 
 def tool_runner_stream(job: Job, seen: Seen) -> None:
-    for events in sync(job).beta.messages.tool_runner(**ask(job), tools=[look_up], stream=True):
+    for events in sync(job).beta.messages.tool_runner(**ask(job), tools=[tool(seen)], stream=True):
         for part in events:
             event(part, seen)
 
@@ -124,11 +118,15 @@ async def parse_later(job: Job, seen: Seen) -> None:
 
 
 async def tool_runner_later(job: Job, seen: Seen) -> None:
-    message(await later(job).beta.messages.tool_runner(**ask(job), tools=[look_up_later]).until_done(), seen)
+    message(
+        await later(job).beta.messages.tool_runner(**ask(job), tools=[tool(seen, beta_async_tool)]).until_done(), seen
+    )
 
 
 async def tool_runner_stream_later(job: Job, seen: Seen) -> None:
-    async for events in later(job).beta.messages.tool_runner(**ask(job), tools=[look_up_later], stream=True):
+    async for events in later(job).beta.messages.tool_runner(
+        **ask(job), tools=[tool(seen, beta_async_tool)], stream=True
+    ):
         async for part in events:
             event(part, seen)
 

@@ -7,12 +7,17 @@ import { z } from 'zod'
 import { main } from './driving.mjs'
 
 const Weather = z.object({ city: z.string() })
-const lookUp = betaZodTool({
-  name: 'look_up',
-  description: 'Looks something up.',
-  inputSchema: z.object({ query: z.string() }),
-  run: ({ query }) => `Nothing on ${query}.`,
-})
+// A tool that leaves a mark when it runs.
+const tool = (seen) =>
+  betaZodTool({
+    name: 'look_up',
+    description: 'Looks something up.',
+    inputSchema: z.object({ query: z.string() }),
+    run: ({ query }) => {
+      seen.mark('the tool ran', query)
+      return `Nothing on ${query}.`
+    },
+  })
 const client = (job) => new Anthropic({ apiKey: 'sk-test', baseURL: job.url, defaultHeaders: job.headers })
 const ask = (job) => ({ model: job.model, max_tokens: 512, messages: [{ role: 'user', content: job.prompt }] })
 const header = (response, seen) => seen.mark('header', response.headers.get('x-guard-action') === 'annotate')
@@ -53,10 +58,10 @@ await main({
     await message(await client(job).messages.parse({ ...ask(job), ...format }), seen)
   },
   'toolRunner()': async (job, seen) => {
-    await message(await client(job).beta.messages.toolRunner({ ...ask(job), tools: [lookUp] }), seen)
+    await message(await client(job).beta.messages.toolRunner({ ...ask(job), tools: [tool(seen)] }), seen)
   },
   'toolRunner() stream': async (job, seen) => {
-    for await (const events of client(job).beta.messages.toolRunner({ ...ask(job), tools: [lookUp], stream: true }))
+    for await (const events of client(job).beta.messages.toolRunner({ ...ask(job), tools: [tool(seen)], stream: true }))
       for await (const part of events) await event(part, seen)
   },
 })
