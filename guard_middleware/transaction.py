@@ -343,7 +343,8 @@ class Transaction:
             status=self._sent_status,
             error=self._error,
             upstream_called=self.upstream_called,
-            calls=self._calls,
+            # Verdicts come in any order; the record has the input first and the choices in theirs.
+            calls=tuple(sorted(self._calls, key=lambda call: -1 if call.choice is None else call.choice)),
             held_bytes=self._held,
             released_bytes=self._released,
             conversation=request.conversation if request else None,
