@@ -24,7 +24,15 @@ from typing import Any
 
 from guard_middleware import __version__
 from guard_middleware.errors import ConfigError
-from guard_middleware.evidence import ContentDigest, Redactor, bypasses, canonical, conversation_value, message_value
+from guard_middleware.evidence import (
+    ContentDigest,
+    Redactor,
+    bypasses,
+    canonical,
+    conversation_value,
+    message_value,
+    stream_ending,
+)
 from guard_middleware.types import GuardCall, Record, Verdict
 
 SCHEMA = "guard_middleware.decision/1"
@@ -125,6 +133,10 @@ class AuditLog:
             "upstream_called": record.upstream_called,
             "held_bytes": record.held_bytes,
             "released_bytes": record.released_bytes,
+            "stream_mode": record.stream_mode,
+            "stream_ending": stream_ending(record),
+            "released_characters": record.released_characters,
+            "leaked_characters": record.leaked_characters,
             "bypassed": [{"source": source, "reason": reason} for source, reason in lapses],
             "timings": dict(record.timings),
             "hmac_key": self._digest.key_id,
@@ -171,6 +183,8 @@ class AuditLog:
             "tokens": {"prompt": usage.prompt, "completion": usage.completion, "reasoning": usage.reasoning},
             "drawn_text_chars": [len(text) for text in verdict.drawn_text],
             "timings": dict(verdict.timings),
+            "cached": verdict.cached,
+            "left_out": dict(verdict.left_out),
         }
 
     async def aclose(self) -> None:

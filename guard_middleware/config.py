@@ -34,6 +34,7 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from guard_middleware import strictyaml
 from guard_middleware.configtypes import (
+    Age,
     Bytes,
     Env,
     FieldName,
@@ -92,10 +93,47 @@ class SourcePolicy(Section):
         return self
 
 
+class StreamRules(Section):
+    """How a streamed answer leaves while it is judged (``holdback``). Sizes are characters of one choice."""
+
+    mode: Literal["hold", "window", "async"] = Field(
+        default="hold",
+        description="hold (nothing before the last verdict), window (what was judged) or async (at once, then cut)",
+    )
+    first_window: int = Field(default=240, ge=16, le=100_000, description="characters of the first window, from 16")
+    last_window: int = Field(default=2000, ge=16, le=1_000_000, description="characters of the longest window, from 16")
+    growth: float = Field(default=1.5, ge=1, le=4, description="how much longer each window is, a number from 1 to 4")
+    overlap: int = Field(
+        default=120, ge=0, le=10_000, description="characters that a window repeats; at most half of first_window"
+    )
+    leak_bound: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="async only: how many characters may be ahead of the guard, such as 1000",
+    )
+    keep_alive: Seconds = Field(
+        default=15.0, description="a duration, such as 15s: silence after which a held stream shows a sign of life"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.overlap * 2 > self.first_window:
+            raise refuse("the overlap is more than half of the first window", "lower overlap", "overlap")
+        if self.last_window < self.first_window:
+            raise refuse("the last window is shorter than the first", "raise last_window", "last_window")
+        if (self.mode == "async") != (self.leak_bound is not None):
+            if self.mode == "async":
+                raise refuse("async shows text before its verdict: say how much", "write leak_bound: 1000", "mode")
+            raise refuse(f"`leak_bound` has no effect in mode {self.mode}", "remove it", "leak_bound")
+        return self
+
+
 class OutputPolicy(SourcePolicy):
     deadline: Seconds = Field(
         default=20.0, description="a duration of more than 0 and at most 10m, such as 2s or 500ms"
     )
+    stream: StreamRules = Field(default=StreamRules(), description="a mapping, such as {mode: window}")
 
 
 class Policy(Section):
@@ -103,6 +141,10 @@ class Policy(Section):
 
     input: SourcePolicy = Field(default=SourcePolicy(), description="a mapping, such as {on_harmful: block}")
     output: OutputPolicy = Field(default=OutputPolicy(), description="a mapping, such as {on_harmful: annotate}")
+    race: bool = Field(
+        default=False,
+        description="true or false: whether the upstream is called before the input has its verdict",
+    )
     block_style: Literal["error", "soft"] = Field(
         default="error",
         description="error (400, or finish_reason content_filter), or soft (200 with a refusal as the answer)",
@@ -184,10 +226,14 @@ class Dialect(Section):
     )
 
 
+_DIALECT = Field(default=Dialect(), description="a mapping, such as {extra_fields: {context: moderated}}")
+
+
 class Dialects(Section):
-    chat_completions: Dialect = Field(
-        default=Dialect(), description="a mapping, such as {extra_fields: {context: moderated}}"
-    )
+    chat_completions: Dialect = _DIALECT
+    completions: Dialect = _DIALECT
+    messages: Dialect = _DIALECT
+    responses: Dialect = _DIALECT
 
 
 class Route(Section):
@@ -287,6 +333,55 @@ class Audit(Section):
     )
 
 
+class VerdictCache(Section):
+    """With ``entries: 0`` nothing is kept: each question is put to the guard, about the whole conversation."""
+
+    entries: int = Field(default=20_000, ge=0, le=10**8, description="a whole number; 0 keeps no verdicts")
+    bytes: Bytes = Field(default=64 * 2**20, description="a size of more than 0 and at most 2GiB, such as 64MiB")
+    ttl: Age = Field(default=3600.0, description="an age of at most 30d, such as 1h")
+
+
+class TurnsCache(Section):
+    characters: int = Field(
+        default=1500,
+        ge=0,
+        le=10**9,
+        description="how much of earlier turns is read again at least; beyond it, judged answers are left out",
+    )
+    images: int = Field(
+        default=2, ge=0, le=1000, description="how many images are shown; earlier ones stand as the text drawn in them"
+    )
+
+
+class HistoryCache(Section):
+    """With ``entries: 0`` nothing is kept, and a request that continues an earlier answer is refused."""
+
+    entries: int = Field(default=10_000, ge=0, le=10**8, description="a whole number; 0 keeps no conversations")
+    bytes: Bytes = Field(default=256 * 2**20, description="a size of more than 0 and at most 2GiB, such as 256MiB")
+    ttl: Age = Field(default=86_400.0, description="an age of at most 30d, such as 24h")
+    conversation: Bytes = Field(
+        default=32 * 2**20, description="a size, such as 32MiB: the longest conversation that is kept, images included"
+    )
+
+
+class RedisCache(Section):
+    url_env: Env | None = Field(
+        default=None,
+        description="NAME of the environment variable that holds redis://host:6379/0; left out, memory is used",
+    )
+    deadline: Seconds = Field(default=0.05, description="a duration, such as 50ms: then everything is judged anew")
+
+
+class Cache(Section):
+    """What is remembered between requests, in memory or, for several gateways, in one Redis or Valkey."""
+
+    verdicts: VerdictCache = Field(default=VerdictCache(), description="a mapping, such as {entries: 20000, ttl: 1h}")
+    turns: TurnsCache = Field(default=TurnsCache(), description="a mapping, such as {characters: 1500, images: 2}")
+    history: HistoryCache = Field(default=HistoryCache(), description="a mapping, such as {entries: 10000, ttl: 24h}")
+    images: Bytes = Field(default=64 * 2**20, description="a size, such as 64MiB, of decoded images that are kept")
+    redis: RedisCache = Field(default=RedisCache(), description="a mapping, such as {url_env: GUARD_REDIS_URL}")
+
+
 def _limit(field: dataclasses.Field[Any]) -> tuple[Any, Any]:
     if field.name.endswith("_seconds"):
         return Seconds, Field(
@@ -347,6 +442,7 @@ class Config(Section):
     tenants: Tenants = Field(default=Tenants(), description="a mapping, such as {header: x-tenant, match: []}")
     telemetry: Telemetry = Field(default=Telemetry(), description="a mapping, such as {service_name: guard-gateway}")
     audit: Audit = Field(default=Audit(), description="a mapping, such as {path: decisions.jsonl}")
+    cache: Cache = Field(default=Cache(), description="a mapping, such as {verdicts: {ttl: 1h}}")
 
     @field_validator("policies")
     @classmethod

@@ -32,6 +32,17 @@ def _duration(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+_AGE = re.compile(r"([0-9]{1,6})(s|m|h|d)")
+
+
+def _age(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str) and (match := _AGE.fullmatch(value)):
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+    if isinstance(value, str) or (info.context is not None and not isinstance(value, bool)):
+        raise refuse("not an age", "write a whole number and its unit: 90s, 15m, 12h or 7d")
+    return value
+
+
 def _size(value: Any) -> Any:
     if isinstance(value, str):
         if match := _SIZE.fullmatch(value):
@@ -41,6 +52,7 @@ def _size(value: Any) -> Any:
 
 
 Seconds = Annotated[float, Field(gt=0, le=600), BeforeValidator(_duration)]
+Age = Annotated[float, Field(ge=1, le=30 * 86_400), BeforeValidator(_age)]
 Bytes = Annotated[int, Field(gt=0, le=2**31), BeforeValidator(_size)]
 
 

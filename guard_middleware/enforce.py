@@ -74,7 +74,7 @@ def not_moderated(id: str, source: Source) -> Notice:
     return Notice(id, source, Action.ALLOW, Basis.COVERAGE, "", None, None, (), "", ("text",))
 
 
-def blocked_prompt(dialect: Dialect | None, notice: Notice) -> Reply:
+def blocked_prompt(notice: Notice) -> PublicError:
     """400 ``content_filter``: never a 5xx, which SDKs retry and dashboards count as an outage."""
     detail: dict[str, JSONValue] = {
         "code": "guard_blocked",
@@ -86,7 +86,7 @@ def blocked_prompt(dialect: Dialect | None, notice: Notice) -> Reply:
     }
     if notice.reasoning is not None:
         detail |= {"score": notice.score, "reasoning": notice.reasoning}
-    error = PublicError(
+    return PublicError(
         status=400,
         code="content_filter",
         type="invalid_request_error",
@@ -95,10 +95,9 @@ def blocked_prompt(dialect: Dialect | None, notice: Notice) -> Reply:
         detail=detail,
         headers=guard_headers(notice.id, "block"),
     )
-    return _render(dialect, error)
 
 
-def guard_unavailable(dialect: Dialect | None, decision: Decision, retry_after: float | None = None) -> Reply:
+def guard_unavailable(decision: Decision, retry_after: float | None = None) -> PublicError:
     """503 ``guard_unavailable`` for a decision that blocks because there is no verdict.
 
     SDKs are told not to retry, except where the guard said when (``retry_after``, seconds): then ``retry-after``
@@ -108,21 +107,19 @@ def guard_unavailable(dialect: Dialect | None, decision: Decision, retry_after: 
     headers = guard_headers(decision.id, "error")
     if fault is not None:
         status, code, message = fault
-        error = PublicError(
+        return PublicError(
             status, code, "invalid_request_error", f"{message}.", about_prompt=True, headers=(*headers, NO_RETRY)
         )
-    else:
-        retry = NO_RETRY if retry_after is None else (b"retry-after", str(max(1, math.ceil(retry_after))).encode())
-        message = f"The content could not be moderated, so it was not let through (decision {decision.id})."
-        error = PublicError(503, "guard_unavailable", "server_error", message, headers=(*headers, retry))
-    return _render(dialect, error)
+    retry = NO_RETRY if retry_after is None else (b"retry-after", str(max(1, math.ceil(retry_after))).encode())
+    message = f"The content could not be moderated, so it was not let through (decision {decision.id})."
+    return PublicError(503, "guard_unavailable", "server_error", message, headers=(*headers, retry))
 
 
-def failure(dialect: Dialect | None, error: RequestRejected | UpstreamError, id: str) -> Reply:
+def failure(error: RequestRejected | UpstreamError, id: str) -> PublicError:
     """A refusal before any verdict (4xx), or an upstream that broke (502, 504): our words, never theirs."""
     if isinstance(error, RequestRejected):
         kind = "not_found_error" if error.kind is RejectKind.NOT_FOUND else "invalid_request_error"
-        public = PublicError(
+        return PublicError(
             status=error.status,
             code=error.kind.value,
             type=kind,
@@ -130,16 +127,14 @@ def failure(dialect: Dialect | None, error: RequestRejected | UpstreamError, id:
             param=error.param,
             headers=guard_headers(id, "reject"),
         )
-    else:
-        status, message = _UPSTREAM[error.kind]
-        # Retrying an answer that cannot be moderated costs tokens and ends the same way.
-        lasting = error.kind in (UpstreamErrorKind.UNSUPPORTED, UpstreamErrorKind.TOO_LARGE)
-        headers = guard_headers(id, "error") + ((NO_RETRY,) if lasting else ())
-        public = PublicError(status, error.kind.value, "server_error", f"{message}.", headers=headers)
-    return _render(dialect, public)
+    status, message = _UPSTREAM[error.kind]
+    # Retrying an answer that cannot be moderated costs tokens and ends the same way.
+    lasting = error.kind in (UpstreamErrorKind.UNSUPPORTED, UpstreamErrorKind.TOO_LARGE)
+    headers = guard_headers(id, "error") + ((NO_RETRY,) if lasting else ())
+    return PublicError(status, error.kind.value, "server_error", f"{message}.", headers=headers)
 
 
-def upstream_refused(dialect: Dialect | None, status: int, body: JSONValue, headers: Headers, id: str) -> Reply:
+def upstream_refused(status: int, body: JSONValue, headers: Headers, id: str) -> PublicError:
     """The upstream's own 4xx or 5xx: status, type and code are kept where they are short words, its text never.
 
     ``body`` is its parsed body or None; ``headers`` its raw headers. A status below 400 becomes 502.
@@ -148,14 +143,13 @@ def upstream_refused(dialect: Dialect | None, status: int, body: JSONValue, head
     said = inner if isinstance(inner, dict) else body if isinstance(body, dict) else {}
     kept = status if 400 <= status <= 599 else 502
     default = "invalid_request_error" if kept < 500 else "server_error"
-    public = PublicError(
+    return PublicError(
         status=kept,
         code=_word(said.get("code")) or "upstream_error",
         type=_word(said.get("type")) or default,
         message=f"The model service refused the request (status {status}).",
         headers=(*strip_response_headers(headers), *guard_headers(id, "error")),
     )
-    return _render(dialect, public)
 
 
 def internal_error(id: str) -> Reply:
@@ -175,7 +169,8 @@ def worst(actions: Iterable[Action]) -> Action:
     return Action.BLOCK if Action.BLOCK in found else Action.ANNOTATE if Action.ANNOTATE in found else Action.ALLOW
 
 
-def _render(dialect: Dialect | None, error: PublicError) -> Reply:
+def render(dialect: Dialect | None, error: PublicError) -> Reply:
+    """The error as a reply in the dialect's shape, or, where none is known, in OpenAI's."""
     return dialect.error(error) if dialect is not None else openai_error(error)
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -173,6 +173,15 @@ def _part_value(part: Part, text: Callable[[str], str], blob: Callable[[Blob], s
             return {"type": "uri", "modality": "image", "uri": text(uri)}
 
 
+def stream_ending(record: Record) -> Literal["released", "cut", "held"] | None:
+    """What the client saw of a streamed answer: all of it, a part, or nothing; None where none came."""
+    if record.stream_mode is None:
+        return None
+    if record.outcome in ("allowed", "annotated"):
+        return "released"
+    return "cut" if record.released_characters else "held"
+
+
 def bypasses(record: Record) -> tuple[tuple[Source, str], ...]:
     """(source, reason) of everything that passed without a verdict; empty when all was screened.
 
@@ -185,6 +194,7 @@ def bypasses(record: Record) -> tuple[tuple[Source, str], ...]:
             found.append(("input", "not_moderated"))
         judged = len({call.choice for call in record.calls if call.source == "output"})
         due = sum(1 for answer in record.answers if answer.parts) if record.answers else 1
-        if record.released_bytes and judged < due:
+        # of a stream that was held, only structure and an error of ours left
+        if record.released_bytes and judged < due and stream_ending(record) != "held":
             found.append(("output", "not_moderated"))
     return tuple(found)

@@ -18,25 +18,42 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard_middleware import config as configuration
-from guard_middleware import dialects, enforce, media
+from guard_middleware import dialects, enforce
 from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
 from guard_middleware.errors import GuardMiddlewareError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.runtime import Runtime
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.telemetry import HOLD_BACK
-from guard_middleware.transaction import Call, Command, Forward, Judged, Moderate, Respond, Transaction
-from guard_middleware.types import Blob
+from guard_middleware.transaction import (
+    Ask,
+    Begin,
+    Call,
+    Command,
+    End,
+    Forward,
+    Judged,
+    Respond,
+    Rest,
+    Send,
+    Stop,
+    Transaction,
+)
 from guard_middleware.wire import ModerationRequest
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope
+    from starlette.types import Send as ASGISend
 
 logger = logging.getLogger(__name__)
 
+_ForClient = Respond | Begin | Send | Rest | End
+#: bytes of released answer that a client has not taken yet; past it the upstream waits
+_BACKLOG = 256 * 1024
 _API_VERSION = re.compile(rb"api-version=[A-Za-z0-9._-]{1,40}")
 
 
@@ -60,7 +77,7 @@ class GuardMiddleware:
             runtime = Runtime(config or configuration.Config())
         self.app, self.runtime = app, runtime
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         if scope["type"] == "http":
             await self.runtime.start()
             await _Exchange(self.app, self.runtime, scope, receive, send).run()
@@ -70,7 +87,7 @@ class GuardMiddleware:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         pending = [await receive()]
         try:
             await self.runtime.start(wait=True)
@@ -92,9 +109,13 @@ class GuardMiddleware:
 
 
 class _Exchange:
-    """One HTTP request: reads, asks, forwards and sends as its transaction commands."""
+    """One HTTP request: reads, asks, forwards and sends as its transaction commands.
 
-    def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: Send) -> None:
+    Questions and the upstream call are tasks that feed the transaction, and go on with what it commands next; what it
+    commands for the client waits in ``_outbox`` for the one loop that sends.
+    """
+
+    def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: ASGISend) -> None:
         self._app, self._runtime, self._scope, self._receive, self._send = app, runtime, scope, receive, send
         self._path: bytes = scope.get("raw_path") or scope["path"].encode()
         self._headers: Headers = tuple(scope["headers"])
@@ -108,16 +129,25 @@ class _Exchange:
         self._span = runtime.telemetry.request(
             scope["method"], scope["path"], list(self._headers), scope.get("scheme", "http")
         )
+        self._outbox: asyncio.Queue[_ForClient | BaseException] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._upstream: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._gone = False
+        self._may_read = asyncio.Event()
+        self._begun = self._gone = False
+        self._waiting_bytes = 0
         self._first_byte: float | None = None
+        self._held_for = 0.0
+        self._who = ""
 
     async def run(self) -> None:
         tx = self._tx
         try:
-            reply = await self._decide()
-            self._stop_watching()
-            await self._reply(reply)
+            try:
+                self._do(await self._open())
+            except RequestRejected as error:
+                self._do(tx.fail(error))
+            await self._serve()
         except asyncio.CancelledError:
             tx.abort("client_disconnected" if self._gone else "cancelled")
             if not self._gone:
@@ -129,27 +159,120 @@ class _Exchange:
             # A defect here must become neither a pass nor an answer without a record.
             logger.exception("request %s failed inside the guard", tx.id)
             tx.abort(f"internal_{type(error).__name__}")
-            with contextlib.suppress(Exception):
-                await self._reply(enforce.internal_error(tx.id))
+            if not self._begun:  # else the connection breaks off, which no client takes for an end
+                with contextlib.suppress(Exception):
+                    await self._reply(enforce.internal_error(tx.id))
         finally:
-            self._stop_watching()
-            held = () if self._first_byte is None else ((HOLD_BACK, time.perf_counter() - self._first_byte),)
-            record = tx.record(held)
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            record = tx.record(() if self._first_byte is None else ((HOLD_BACK, self._held_for),))
             self._runtime.audit.write(record, trace_id=self._span.trace_id)
             self._span.finish(record)
+            self._runtime.caches.guard.settled(record)
 
-    async def _decide(self) -> Reply:
+    def _do(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            match command:
+                case Ask() | Forward():
+                    task = self._start(self._work, command)
+                    if isinstance(command, Forward):
+                        self._upstream = task
+                case Stop():
+                    if self._upstream is not None and self._upstream is not asyncio.current_task():
+                        self._upstream.cancel()
+                case _:
+                    self._waiting_bytes += len(command.data) if isinstance(command, Send) else 0
+                    self._outbox.put_nowait(command)
+        self._gate()
+
+    def _gate(self) -> None:
+        """Lets the upstream go on, or holds it: for a slow client, and where the guard has to catch up."""
+        if self._tx.paused or self._waiting_bytes > _BACKLOG:
+            self._may_read.clear()
+        else:
+            self._may_read.set()
+
+    def _start(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._guarded(work, *given))
+        self._tasks.add(task)
+        return task
+
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> None:
+        """Feeds whatever breaks in ``work`` to the transaction, and a defect to ``run``."""
         try:
-            command = await self._open()
-            while not isinstance(command, Respond):
-                command = await (self._moderate(command) if isinstance(command, Moderate) else self._forward(command))
-        except (RequestRejected, UpstreamError) as error:
-            command = self._tx.fail(error)
-        return command.reply
+            try:
+                await work(*given)
+            except UpstreamError as error:
+                self._do(self._tx.fail(error))
+        except Exception as error:
+            self._outbox.put_nowait(error)
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.discard(task)
+
+    async def _work(self, command: Ask | Forward) -> None:
+        """A question or the upstream call; where what comes of it is one more of them, that is done in this task."""
+        while True:
+            if isinstance(command, Forward):
+                self._upstream = asyncio.current_task()
+                commands = await self._forward(command.body)
+            else:
+                commands = await self._ask(command.call)
+            if not commands or not isinstance(commands[-1], Ask | Forward):
+                return self._do(commands)
+            self._do(commands[:-1])
+            command = commands[-1]
+
+    async def _serve(self) -> None:
+        """Sends what the transaction commands, until it is closed."""
+        while True:
+            try:
+                async with asyncio.timeout(self._tx.keep_alive):
+                    command = await self._outbox.get()
+            except TimeoutError:
+                self._do(self._tx.silent())
+                continue
+            await self._remember()
+            match command:
+                case BaseException():
+                    raise command
+                case Respond(reply):
+                    self._held(time.perf_counter())
+                    self._watcher_off()
+                    return await self._reply(reply)
+                case Begin(status, headers):
+                    self._begun = True
+                    await self._send({"type": "http.response.start", "status": status, "headers": list(headers)})
+                case Send(data, says):
+                    if says:
+                        self._held(time.perf_counter())
+                    await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                    self._waiting_bytes -= len(data)
+                    self._gate()
+                case Rest(pieces):
+                    self._held(time.perf_counter())
+                    for data in pieces:
+                        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                    return await self._end()
+                case End():
+                    self._held(time.perf_counter())
+                    return await self._end()
+
+    async def _end(self) -> None:
+        self._watcher_off()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _held(self, now: float) -> None:
+        """The time from the upstream's first byte to the first text that left, or to the end without any."""
+        if self._first_byte is not None and not self._held_for:
+            self._held_for = now - self._first_byte
 
     # -- the request --
 
-    async def _open(self) -> Command:
+    async def _open(self) -> list[Command]:
         runtime = self._runtime
         route = dialects.route(self._scope["method"], self._path)
         who = runtime.policies.identify(
@@ -173,7 +296,16 @@ class _Exchange:
         parsed = route.dialect.parse_request(value, runtime.config.limits, options)
         if parsed.sites:
             parsed = await self._with_media(parsed)
+        self._who = runtime.caches.scopes.of(who.tenant, self._headers)
+        if parsed.continues is not None:
+            parsed = parsed.with_history(await runtime.caches.history.find(self._who, parsed.continues))
         return self._tx.request(parsed)
+
+    async def _remember(self) -> None:
+        """Keeps what a later request may continue, before the client has the whole answer and can do so."""
+        history, self._tx.history = self._tx.history, None
+        if history is not None:
+            await self._runtime.caches.history.remember(self._who, *history)
 
     def _header(self, name: bytes) -> str | None:
         """The only value of a header; a repeated one is refused, because two readers may choose differently."""
@@ -217,43 +349,32 @@ class _Exchange:
         if len(parsed.sites) > limits.images:
             raise RequestRejected(RejectKind.TOO_MANY_IMAGES, f"at most {limits.images} images are accepted")
 
-        async def canonical(uri: str) -> Blob:
-            if media.classify(uri) == "http":
-                data = await self._runtime.fetch(uri)
-                return await self._runtime.decode(lambda: media.canonicalise(data, limits))
-            return await self._runtime.decode(lambda: media.canonicalise(media.decode_data_url(uri, limits), limits))
-
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {uri: group.create_task(canonical(uri)) for uri in parsed.media}
+                tasks = {uri: group.create_task(self._runtime.image(uri)) for uri in parsed.media}
         except* RequestRejected as errors:
             raise _first(errors) from None
         return parsed.with_media({uri: task.result() for uri, task in tasks.items()})
 
     # -- the guard --
 
-    async def _moderate(self, command: Moderate) -> Command:
-        spans = [self._span.guard_call(call.source, call.choice) for call in command.calls]
-        asked = [self._ask(call, span.traceparent) for call, span in zip(command.calls, spans, strict=True)]
-        judged = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
-        before = len(self._tx.calls)
-        following = self._tx.judged(judged)
-        for span, result, call in zip(spans, judged, self._tx.calls[before:], strict=True):
-            span.end(result.outcome, call.decision)
-        return following
-
-    async def _ask(self, call: Call, traceparent: str | None) -> Judged:
+    async def _ask(self, call: Call) -> list[Command]:
+        span = self._span.guard_call(call.source, call.choice)
         started = time.perf_counter()
         outcome = await self._runtime.guard.moderate(
-            ModerationRequest(call.id, call.conversation, call.source, call.deadline, call.reader, traceparent)
+            ModerationRequest(call.id, call.conversation, call.source, call.deadline, call.reader, span.traceparent)
         )
-        return Judged(call, outcome, time.perf_counter() - started)
+        judged = Judged(call, outcome, time.perf_counter() - started)
+        try:
+            return self._tx.judged(judged)  # raises where an answer that came before it cannot be screened
+        finally:
+            span.end(outcome, self._tx.calls[-1].decision)
 
     # -- the upstream --
 
-    async def _forward(self, command: Forward) -> Command:
+    async def _forward(self, body: bytes) -> list[Command]:
         tx, span = self._tx, self._span
-        pending = [{"type": "http.request", "body": command.body, "more_body": False}]
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
         complete = False
         broken: UpstreamError | None = None
 
@@ -272,15 +393,16 @@ class _Exchange:
                     tx.upstream_head(message["status"], tuple(message.get("headers", ())))
                 elif message["type"] == "http.response.body":
                     self._first_byte = self._first_byte or time.perf_counter()
-                    tx.upstream_data(message.get("body", b""))
+                    self._do(tx.upstream_data(message.get("body", b"")))
                     complete = not message.get("more_body", False)
+                    await self._may_read.wait()
             except UpstreamError as error:
                 broken = error
                 raise
 
         headers = enforce.strip_request_headers(self._runtime.public_headers(self._headers))
-        if command.body:
-            headers = (*headers, (b"content-type", b"application/json"), _length(command.body))
+        if body:
+            headers = (*headers, (b"content-type", b"application/json"), _length(body))
         span.upstream_started(tx.model, remote=self._runtime.remote)
         scope = {**self._scope, "headers": list(span.inject(headers)), "query_string": _query(self._scope)}
         try:
@@ -293,7 +415,8 @@ class _Exchange:
             if broken is None:
                 logger.exception("request %s: the wrapped application failed", tx.id)
                 broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
-        span.upstream_ended(None if broken is None else broken.kind.value)
+        finally:
+            span.upstream_ended(None if broken is None else broken.kind.value)
         if broken is not None:
             raise broken
         return tx.upstream_end()
@@ -311,12 +434,11 @@ class _Exchange:
             self._gone = True
             task.cancel()
 
-        self._watcher = asyncio.create_task(watch(), name=f"{self._tx.id} client")
+        self._watcher = self._start(watch)
 
-    def _stop_watching(self) -> None:
+    def _watcher_off(self) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
-            self._watcher = None
 
     async def _reply(self, reply: Reply) -> None:
         headers = [*reply.headers, _length(reply.body)]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from guard_middleware.config import Config, Policy, SourcePolicy, path_matches
+from guard_middleware.config import Config, OutputPolicy, Policy, SourcePolicy, path_matches
 from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
 from guard_middleware.types import Action, Basis, Decision, Source, Verdict
 
@@ -40,8 +40,9 @@ class EffectivePolicy:
     reason: str
     tenant: str | None
     input: SourcePolicy
-    output: SourcePolicy
+    output: OutputPolicy
     block_style: Literal["error", "soft"]
+    race: bool = False
 
     def source(self, source: Source) -> SourcePolicy:
         return self.input if source == "input" else self.output
@@ -55,6 +56,7 @@ class EffectivePolicy:
             "reason": self.reason,
             "tenant": self.tenant,
             "block_style": self.block_style,
+            "race": self.race,
             "input": self.input.model_dump(),
             "output": self.output.model_dump(),
             "warnings": list(_policy_warnings(self)),
@@ -75,7 +77,7 @@ class PolicySet:
 
     def __init__(self, config: Config) -> None:
         self._effective = {
-            name: EffectivePolicy(name, digest(p), "default", "", None, p.input, p.output, p.block_style)
+            name: EffectivePolicy(name, digest(p), "default", "", None, p.input, p.output, p.block_style, p.race)
             for name, p in config.policies.items()
         }
         self._default = config.default_policy
@@ -275,6 +277,13 @@ def explain(
     return "\n".join(f"{left:<10} {right}".rstrip() for left, right in rows) + "\n"
 
 
+_STREAM = {
+    "hold": "after its last verdict",
+    "window": "window by window, each after its verdict",
+    "async": "at once, and is cut at a harmful verdict",
+}
+
+
 def _source_rows(policy: EffectivePolicy, source: Source, what: str) -> Iterable[tuple[str, str]]:
     rules = policy.source(source)
     if not rules.moderate:
@@ -285,6 +294,10 @@ def _source_rows(policy: EffectivePolicy, source: Source, what: str) -> Iterable
     yield source, f"harmful (score {rules.threshold:g} or more): {harmful}"
     yield "", f"guard error or no verdict in {rules.deadline:g} s: {_ERROR[rules.on_error]}"
     yield "", f"text drawn in images is read: {reader}"
+    if isinstance(rules, OutputPolicy):
+        yield "", f"a stream leaves {_STREAM[rules.stream.mode]}"
+    elif policy.race:
+        yield "", "the upstream is called at the same time; nothing is shown before the verdict (race: true)"
     yield "", f"reasoning: in trace and record{', AND SHOWN TO THE CLIENT' if rules.show_reasoning else ', not shown'}"
 
 
@@ -300,14 +313,17 @@ def _policy_warnings(policy: EffectivePolicy) -> Iterable[str]:
             yield f"{source} does not block: harmful {what} pass ({rules.on_harmful})"
         if rules.on_harmful == "shadow" and rules.on_error == "block":
             yield f"{source} is in shadow, yet a guard error still blocks (on_error: block)"
+        if isinstance(rules, OutputPolicy) and rules.stream.mode == "async":
+            yield f"streams show up to {rules.stream.leak_bound} characters before their verdict (stream.mode: async)"
         if rules.threshold > 0.5:
             yield f"{source} threshold {rules.threshold:g}: below it, what the guard calls harmful passes"
 
 
 def _config_warnings(config: Config) -> Iterable[str]:
-    for name, kind in sorted(config.dialects.chat_completions.extra_fields.items()):
-        if kind == "opaque":
-            yield f"the field `{name}` of chat_completions passes UNREAD (opaque)"
+    for dialect, section in config.dialects:
+        for name, kind in sorted(section.extra_fields.items()):
+            if kind == "opaque":
+                yield f"the field `{name}` of {dialect} passes UNREAD (opaque)"
     if config.telemetry.capture_content:
         yield "spans carry prompts and answers in clear (telemetry.capture_content)"
     if config.audit.capture_content:

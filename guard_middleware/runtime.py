@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from guard_middleware import media
 from guard_middleware.audit import AuditLog
+from guard_middleware.caches import Caches
 from guard_middleware.config import Config
 from guard_middleware.dialects.base import Headers, Options
 from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
@@ -55,7 +56,7 @@ class Runtime:
     ) -> None:
         self.config, self.remote = config, remote
         self.policies = PolicySet(config)
-        self.options = {"chat_completions": Options(extra_fields=config.dialects.chat_completions.extra_fields)}
+        self.options = {name: Options(section.extra_fields) for name, section in config.dialects}
         audit = config.audit
         digest = ContentDigest.from_env(audit.hmac_key_env)
         redactor = Redactor([(rule.pattern, rule.replacement) for rule in audit.redact])
@@ -82,12 +83,14 @@ class Runtime:
         self.worker: WorkerProcess | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._client: GuardClient | None = None
-        self.guard: Guard
-        if guard is not None:
-            self.guard = guard
+        if guard is None:
+            guard = self._client = GuardClient(self._worker_address())
+            self._started = False
         else:
-            self.guard = self._client = GuardClient(self._worker_address())
-        self._started = guard is not None
+            self._started = True
+        self.caches = Caches(config, guard, self.telemetry)
+        #: answers the transaction's questions, from what is known where that is enough
+        self.guard: Guard = self.caches.guard
         self._starting = asyncio.Lock()
 
     async def start(self, *, wait: bool = False) -> None:
@@ -108,6 +111,7 @@ class Runtime:
 
     async def aclose(self) -> None:
         """Ends the worker and writes what telemetry and the log still hold."""
+        await self.caches.aclose()
         if self._client is not None:
             await self._client.aclose()
         if self.worker is not None:
@@ -124,9 +128,19 @@ class Runtime:
         """Without the tenant header, which is between the operator's auth layer and us, however it is spelt."""
         return tuple(pair for pair in headers if _folded(pair[0]) != self._tenant_header)
 
-    async def decode(self, work: Callable[[], Blob]) -> Blob:
-        """Runs the decoding of one image in a thread, at most ``_DECODERS`` at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+    async def image(self, uri: str) -> Blob:
+        """The canonical image at a ``data:`` or http(s) URL, decoded in a thread unless these very bytes were before.
+
+        Raises ``RequestRejected``.
+        """
+        limits = self.config.limits
+        sent: bytes | str = await self.fetch(uri) if media.classify(uri) == "http" else uri
+
+        def decode() -> Blob:
+            return media.canonicalise(media.decode_data_url(sent, limits) if isinstance(sent, str) else sent, limits)
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, self.caches.images.get, sent, decode)
 
     async def fetch(self, url: str) -> bytes:
         """The bytes of an image at a public URL; raises ``RequestRejected``."""

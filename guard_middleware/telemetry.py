@@ -38,6 +38,7 @@ from guard_middleware.evidence import (
     canonical,
     conversation_value,
     message_value,
+    stream_ending,
 )
 from guard_middleware.types import Action, Basis, Decision, Record, Source, Verdict
 
@@ -108,7 +109,13 @@ class _Instruments:
         self.guard_tokens = counter("guard.tokens", "{token}", "Tokens that verdicts cost.")
         self.reasoning_tokens = counter("guard.reasoning_tokens", "{token}", "The reasoning's share of output tokens.")
         self.bypassed = counter("bypassed", "{pass}", "What passed without a verdict, by reason.")
-        self.hold_back = seconds("hold_back.duration", "How long answers were held back.")
+        self.hold_back = seconds("hold_back.duration", "How long answers were held back before their first text.")
+        self.streams = counter("streams", "{stream}", "Streamed answers by mode, and what the client saw of them.")
+        self.leaked = counter(
+            "leaked.characters", "{character}", "Text that left ahead of its verdict; must stay 0 in hold and window."
+        )
+        self.cache = counter("cache.lookups", "{lookup}", "Questions by what the cache of verdicts knew.")
+        self.cache_errors = counter("cache.errors", "{error}", "What a cache in Redis failed at, by kind.")
         self.unscreened = counter("unscreened.bytes", "By", "Answer bytes released without a verdict; must stay 0.")
 
 
@@ -182,6 +189,18 @@ class Telemetry:
     def request(self, method: str, path: str, headers: Headers, scheme: str = "http") -> RequestSpan:
         """Opens the span of one request, below the span that runs now or the caller's ``traceparent``."""
         return RequestSpan(self, method, path, headers, scheme)
+
+    def cache_lookup(self, result: str) -> None:
+        """Counts one question: ``hit``, ``miss`` or ``coalesced`` (it waited for the same one of another request)."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.cache.add(1, {"guard_middleware.cache.result": result})
+
+    def cache_error(self, kind: str) -> None:
+        """Counts an operation that failed (``redis``) or an entry that did not verify (``forged``)."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.cache_errors.add(1, {"error.type": kind})
 
     async def aclose(self) -> None:
         """Exports what is waiting and stops own providers; gives up on a collector that hangs for 5 seconds."""
@@ -332,6 +351,11 @@ class RequestSpan:
             attributes["gen_ai.guardrail.policy.version"] = record.policy_digest
         if record.tenant is not None:
             attributes["guard_middleware.tenant"] = _clean(record.tenant)
+        if record.stream_mode is not None and (ending := stream_ending(record)) is not None:
+            attributes["guard_middleware.stream.mode"] = record.stream_mode
+            attributes["guard_middleware.stream.ending"] = ending
+            attributes["guard_middleware.released.characters"] = record.released_characters
+            attributes["guard_middleware.leaked.characters"] = record.leaked_characters
         if lapses:
             attributes["guard_middleware.bypassed"] = [f"{source}:{reason}" for source, reason in lapses]
         for stage, seconds in record.timings:
@@ -462,6 +486,9 @@ class GuardSpan:
             if telemetry.reasoning:
                 result["gen_ai.evaluation.explanation"] = _utf8(telemetry.redact(verdict.reasoning))
             span.add_event("gen_ai.evaluation.result", result)
+        if verdict.cached:
+            span.set_attribute("guard_middleware.cached", True)
+        span.set_attributes({f"guard_middleware.left_out.{what}": count for what, count in verdict.left_out})
         timings = dict(verdict.timings)
         span.set_attributes({f"guard_middleware.seconds.{stage}": seconds for stage, seconds in timings.items()})
         started_ns = max(self._started_ns, ended_ns - int(timings.get("generate", 0.0) * 1e9))
@@ -527,9 +554,13 @@ def _count(to: _Instruments, record: Record, seconds: float) -> None:
         if source == "output":
             unscreened = record.released_bytes
     to.unscreened.add(unscreened)
+    mode: Attributes = {"guard_middleware.stream.mode": record.stream_mode or "none"}
     for stage, held in record.timings:
         if stage == HOLD_BACK:
-            to.hold_back.record(held)
+            to.hold_back.record(held, mode)
+    if (ending := stream_ending(record)) is not None:
+        to.streams.add(1, {**mode, "guard_middleware.stream.ending": ending})
+        to.leaked.add(record.leaked_characters, mode)
 
 
 def _overall(record: Record) -> tuple[Action, Basis] | None:

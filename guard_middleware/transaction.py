@@ -4,31 +4,41 @@ A carrier (the ASGI middleware, a plugin, a replay) feeds it what happened and d
 
     OPEN --request--> INPUT --judged--> UPSTREAM --upstream_end--> OUTPUT --judged--> CLOSED
 
-Every feed answers with one command (``Moderate``, ``Forward``, ``Respond``) or with None while more bytes are due.
-``fail`` and ``abort`` are legal in every phase and end in CLOSED. The transaction owns the hold-back: bytes of the
-upstream's answer leave it only inside a ``Respond`` that was made after every choice had its decision; whatever
-breaks before that drops them. ``record()`` is what telemetry and the audit log say of the request.
+Every feed answers with commands, in order: ask the guard, call or stop the upstream, send to the client. Several
+questions may be open at once; their answers come in any order. A policy that races commands the upstream call
+together with the input's question, and the upstream is heard in INPUT too; nothing is sent before that verdict.
+``fail`` and ``abort`` are legal in every phase and end in CLOSED.
+
+The transaction owns the hold-back. What leaves it left through ``HoldBack`` after a verdict (in mode ``async`` within
+its bound before one), or inside a ``Respond`` after every choice had its decision; whatever breaks before that drops
+the rest. ``record()`` is what telemetry and the audit log say of the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from itertools import chain
 from typing import Any
 
 from guard_middleware import enforce
+from guard_middleware.config import StreamRules
 from guard_middleware.dialects.base import (
+    Answer,
     Dialect,
     Headers,
+    Notice,
     Options,
     ParsedAnswer,
     ParsedRequest,
+    PublicError,
     Reply,
     Ruling,
     StreamParser,
 )
-from guard_middleware.errors import GuardError, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.errors import GuardError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.holdback import HoldBack, Window
 from guard_middleware.limits import Limits
 from guard_middleware.policy import EffectivePolicy, decide
 from guard_middleware.sse import Decoder, SSEError
@@ -38,10 +48,10 @@ from guard_middleware.types import (
     Basis,
     Conversation,
     GuardCall,
-    Message,
     Outcome,
     Record,
     Source,
+    StreamMode,
     Verdict,
 )
 
@@ -76,10 +86,10 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Moderate:
-    """Ask the guard all of these at once, then feed ``judged``."""
+class Ask:
+    """Ask the guard this, then feed ``judged``."""
 
-    calls: tuple[Call, ...]
+    call: Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +100,56 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Break off the call to the upstream; what still comes of it is ignored."""
+
+
+@dataclass(frozen=True, slots=True)
 class Respond:
-    """Send this to the client; the transaction is closed."""
+    """Send this to the client, whole; the transaction is closed."""
 
     reply: Reply
 
 
-Command = Moderate | Forward | Respond
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Send the head of a streamed answer to the client."""
+
+    status: int
+    headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a piece of the body to the client; ``says`` tells that it holds text of the answer."""
+
+    data: bytes
+    says: bool = field(default=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Send these pieces of the body, each when the one before it is gone; then the body is complete."""
+
+    pieces: Iterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The body is complete; the transaction is closed."""
+
+
+Command = Ask | Forward | Stop | Respond | Begin | Send | Rest | End
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A streamed answer in the making."""
+
+    decoder: Decoder
+    parser: StreamParser
+    hold: HoldBack
+    begun: bool = False
 
 
 class Transaction:
@@ -106,22 +159,32 @@ class Transaction:
         self.id = id
         self.phase = Phase.OPEN
         self.upstream_called = False
+        #: the id of an answer that may be continued, and the conversation that it ends
+        self.history: tuple[str, Conversation] | None = None
         self._method, self._path, self._limits, self._created = method, path, limits, created
         self._dialect: Dialect | None = None
         self._options = Options()
         self._policy: EffectivePolicy | None = None
         self._request: ParsedRequest | None = None
+        self._open: dict[str, Window | None] = {}
         self._calls: tuple[GuardCall, ...] = ()
+        self._last: dict[int, GuardCall] = {}
         self._status = 0
         self._upstream_headers: Headers = ()
+        self._upstream_open = False
         self._body = bytearray()
-        self._events: tuple[Decoder, StreamParser] | None = None
+        self._stream: _Stream | None = None
         self._held = self._released = 0
         self._answer: ParsedAnswer | None = None
+        self._answers: tuple[Answer, ...] = ()
         self._outcome: Outcome = "aborted"
         self._error: str | None = None
         self._retry_after: float | None = None
         self._sent_status = 0
+        self._mode: StreamMode | None = None
+        self._leaked = self._shown = 0
+        self._whole: set[int] = set()
+        self._upstream_failed: UpstreamError | None = None
 
     # -- what the carrier learns about the request before it can parse it --
 
@@ -129,40 +192,62 @@ class Transaction:
         """Which dialect speaks (None passes through) and which policy applies."""
         self._dialect, self._options, self._policy = dialect, options, policy
 
-    def pass_through(self) -> Command:
+    def pass_through(self) -> list[Command]:
         """A route without content, such as the list of models: forwarded, its answer re-encoded."""
         self._move(Phase.OPEN, Phase.UPSTREAM)
-        self.upstream_called = True
-        return Forward(b"")
+        return [self._forward(b"")]
 
-    def request(self, request: ParsedRequest) -> Command:
-        """The parsed request, its media canonical."""
-        self._request = request
+    def request(self, request: ParsedRequest) -> list[Command]:
+        """The parsed request, its media canonical. Raises ``RequestRejected`` where it may not be raced."""
         policy = self._effective
+        if policy.race and policy.input.moderate and request.server_tools:
+            raise RequestRejected(
+                RejectKind.UNSUPPORTED_FIELD,
+                "This service does not let the model service act on tools of its own",
+                param="tools",
+            )
+        self._request = request
         if not policy.input.moderate:
             self._move(Phase.OPEN, Phase.UPSTREAM)
-            return self._forward()
+            return [self._forward(request.encode())]
         self._move(Phase.OPEN, Phase.INPUT)
-        return Moderate((self._call("input", None, request.conversation),))
+        asked: list[Command] = [self._ask("input", None, request.conversation)]
+        return [*asked, self._forward(request.encode())] if policy.race else asked
 
-    def judged(self, results: Sequence[Judged]) -> Command:
-        """The outcomes of the calls of the last ``Moderate``, in its order."""
-        calls = tuple(
-            GuardCall(
-                result.call.source,
-                result.call.choice,
-                decide(self._effective, result.call.source, result.outcome, decision_id=result.call.id),
-                result.seconds,
-            )
-            for result in results
-        )
-        self._calls += calls
-        waits = [r.outcome.retry_after for r in results if isinstance(r.outcome, GuardError) and r.outcome.retry_after]
-        self._retry_after = max(waits, default=None)
-        if self.phase is Phase.INPUT:
-            return self._input_decided(calls[0])
-        self._move(Phase.OUTPUT, Phase.OUTPUT)
-        return self._output_decided(calls)
+    def judged(self, result: Judged) -> list[Command]:
+        """The outcome of one open question."""
+        if result.call.id not in self._open:
+            raise RuntimeError(f"{result.call.id} was not asked")
+        window = self._open.pop(result.call.id)
+        decision = decide(self._effective, result.call.source, result.outcome, decision_id=result.call.id)
+        call = GuardCall(result.call.source, result.call.choice, decision, result.seconds)
+        self._calls += (call,)
+        if isinstance(result.outcome, GuardError) and result.outcome.retry_after:
+            self._retry_after = max(self._retry_after or 0.0, result.outcome.retry_after)
+        if self.phase is Phase.CLOSED:
+            return []
+        if call.choice is None:
+            return self._input_decided(call)
+        if decision.action is Action.BLOCK and decision.basis is Basis.ERROR:
+            return self._guard_failed(call)
+        self._output_judged(call.choice, call, window)
+        return self._go_on()
+
+    def silent(self) -> list[Command]:
+        """Nothing was sent for as long as the policy lets a stream be silent: a sign of life, where one is legal."""
+        if self._stream is None or self.phase in (Phase.INPUT, Phase.CLOSED):
+            return []
+        return [*self._begin(), Send(self._stream.parser.keep_alive)]
+
+    @property
+    def paused(self) -> bool:
+        """Whether the carrier should read no further from the upstream until the guard has caught up."""
+        return self._stream is not None and self._stream.hold.paused
+
+    @property
+    def keep_alive(self) -> float:
+        """Seconds of silence after which ``silent`` is due."""
+        return self._effective.output.stream.keep_alive if self._policy else 600.0
 
     # -- the upstream's answer --
 
@@ -178,58 +263,53 @@ class Transaction:
         if streamed != self._request.stream:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "a stream where none was asked for, or the reverse")
         if streamed:
-            self._events = Decoder(), self._dialect.stream_parser(self._request, self._options)
+            self._mode = self._rules.mode
+            parser = self._dialect.stream_parser(self._request, self._options)
+            self._stream = _Stream(Decoder(), parser, HoldBack(parser, self._rules))
 
-    def upstream_data(self, data: bytes) -> None:
-        """A piece of the body: held, never answered with bytes. Raises ``UpstreamError``."""
+    def upstream_data(self, data: bytes) -> list[Command]:
+        """A piece of the body. Raises ``UpstreamError``."""
+        if self.phase is Phase.CLOSED:
+            return []
         self._held += len(data)
         if self._held > self._limits.answer_bytes:
             raise UpstreamError(UpstreamErrorKind.TOO_LARGE)
-        if self._events is None:
+        if self._stream is None:
             self._body += data
-            return
-        decoder, parser = self._events
+            return []
         try:
-            for event in decoder.feed(data):
-                parser.feed(event)
+            for event in self._stream.decoder.feed(data):
+                self._stream.hold.feed(self._stream.parser.feed(event))
         except SSEError as error:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, str(error)) from None
+        return [] if self._mode == "hold" else self._go_on()
 
-    def upstream_end(self) -> Command:
+    def upstream_end(self) -> list[Command]:
         """The whole answer has come. Raises ``UpstreamError`` where it cannot be screened."""
-        if not 200 <= self._status < 300:
-            return self._upstream_refused()
-        if self._status != 200:
-            raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a success that is not 200")
-        if self._request is None or self._dialect is None:
-            return self._pass_back()
-        if self._events is not None:
-            decoder, parser = self._events
-            for event in decoder.close():
-                parser.feed(event)
-            self._answer = parser.finish()
-        else:
-            self._answer = self._dialect.parse_response(self._json(), self._request, self._options)
-        answer, policy = self._answer, self._effective
-        calls = tuple(
-            self._call("output", item.index, replace(self._request.conversation, answer=item.message))
-            for item in answer.answers
-            if item.message.parts
-        )
-        self._move(Phase.UPSTREAM, Phase.OUTPUT)
-        if calls and policy.output.moderate:
-            return Moderate(calls)
-        return self._output_decided(())
+        if self.phase is Phase.CLOSED:
+            return []
+        self._upstream_open = False
+        return [] if self.phase is Phase.INPUT else self._ended()
 
     # -- endings --
 
-    def fail(self, error: RequestRejected | UpstreamError) -> Respond:
-        """A refusal before any verdict, or an upstream that broke: everything held is dropped."""
+    def fail(self, error: RequestRejected | UpstreamError) -> list[Command]:
+        """A refusal before any verdict, or an upstream that broke: everything held is dropped.
+
+        In a race the client hears of the upstream only after the input's verdict: a blocked prompt looks the same,
+        whichever was first.
+        """
+        if self.phase is Phase.CLOSED:
+            return []
+        if self.phase is Phase.INPUT and isinstance(error, UpstreamError):
+            self._upstream_failed, self._upstream_open = error, False
+            self._drop()
+            return []
         if isinstance(error, RequestRejected):
             self._outcome, self._error = "rejected", error.kind.value
         else:
             self._outcome, self._error = "upstream_error", error.kind.value
-        return self._close(enforce.failure(self._dialect, error, self.id))
+        return self._broken(enforce.failure(error, self.id))
 
     def abort(self, reason: str) -> None:
         """The client went away, or the carrier broke; nothing more can be sent."""
@@ -263,12 +343,16 @@ class Transaction:
             status=self._sent_status,
             error=self._error,
             upstream_called=self.upstream_called,
-            calls=self._calls,
+            # Verdicts come in any order; the record has the input first and the choices in theirs.
+            calls=tuple(sorted(self._calls, key=lambda call: -1 if call.choice is None else call.choice)),
             held_bytes=self._held,
             released_bytes=self._released,
             conversation=request.conversation if request else None,
-            answers=self._messages,
+            answers=tuple(answer.message for answer in self._answers),
             timings=timings,
+            leaked_characters=self._leaked,
+            stream_mode=self._mode,
+            released_characters=self._shown,
         )
 
     # -- inside --
@@ -279,90 +363,199 @@ class Transaction:
             raise RuntimeError("no policy: routed() comes first")
         return self._policy
 
-    @property
-    def _messages(self) -> tuple[Message, ...]:
-        return tuple(item.message for item in self._answer.answers) if self._answer else ()
-
     def _move(self, expected: Phase, to: Phase) -> None:
         if self.phase is not expected:
             raise RuntimeError(f"transaction is {self.phase.name}, not {expected.name}")
         self.phase = to
 
-    def _call(self, source: Source, choice: int | None, conversation: Conversation) -> Call:
+    @property
+    def _rules(self) -> StreamRules:
+        """How the answer may leave; an output that nobody judges has nothing to wait for but its own end."""
+        output = self._effective.output
+        return output.stream if output.moderate else StreamRules()
+
+    def _ask(self, source: Source, choice: int | None, conversation: Conversation, window: Window | None = None) -> Ask:
         policy = self._effective.source(source)
         id = f"{self.id}.{source}" if choice is None else f"{self.id}.{source}.{choice}"
-        return Call(id, source, choice, conversation, policy.deadline, policy.reader)
+        id = id if window is None else f"{id}.w{window.number}"
+        self._open[id] = window
+        return Ask(Call(id, source, choice, conversation, policy.deadline, policy.reader))
 
-    def _forward(self) -> Forward:
+    def _forward(self, body: bytes) -> Forward:
+        self.upstream_called = self._upstream_open = True
+        return Forward(body)
+
+    def _input_decided(self, call: GuardCall) -> list[Command]:
         assert self._request is not None
-        self.upstream_called = True
-        return Forward(self._request.encode())
-
-    def _input_decided(self, call: GuardCall) -> Command:
         if call.decision.action is not Action.BLOCK:
             self._move(Phase.INPUT, Phase.UPSTREAM)
-            return self._forward()
-        assert self._dialect is not None
-        assert self._request is not None
+            if self._upstream_failed is not None:
+                return self.fail(self._upstream_failed)
+            if not self.upstream_called:
+                return [self._forward(self._request.encode())]
+            return self._go_on() if self._upstream_open else self._ended()
         if call.decision.basis is Basis.ERROR:
             return self._guard_failed(call)
+        assert self._dialect is not None
         self._outcome = "blocked"
         notice = enforce.notice(call.decision, self._request.conversation)
         if self._effective.block_style == "soft":
             reply = self._dialect.soft_block(self._request, notice, self._created)
-            return self._close(replace(reply, headers=(*reply.headers, *enforce.guard_headers(notice.id, "block"))))
-        return self._close(enforce.blocked_prompt(self._dialect, notice))
+            headers = (*reply.headers, *enforce.guard_headers(notice.id, "block"))
+            return self._close(replace(reply, headers=headers))
+        return self._close(enforce.render(self._dialect, enforce.blocked_prompt(notice)))
 
-    def _output_decided(self, calls: tuple[GuardCall, ...]) -> Command:
-        assert self._answer is not None
-        for call in calls:
-            if call.decision.action is Action.BLOCK and call.decision.basis is Basis.ERROR:
-                return self._guard_failed(call)
+    def _ended(self) -> list[Command]:
+        """The upstream is through and the input has its verdict."""
+        if not 200 <= self._status < 300:
+            return self._upstream_refused()
+        if self._status != 200:
+            raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a success that is not 200")
+        if self._request is None or self._dialect is None:
+            self._outcome = "allowed"
+            return self._close(self._reply(b"application/json", dumps(self._json()), Action.ALLOW))
+        if self._stream is not None:
+            for event in self._stream.decoder.close():
+                self._stream.hold.feed(self._stream.parser.feed(event))
+            self._answers = self._stream.parser.finish()
+        else:
+            self._answer = self._dialect.parse_response(self._json(), self._request, self._options)
+            self._answers = self._answer.answers
+        self._move(Phase.UPSTREAM, Phase.OUTPUT)
+        asked: list[Command] = []
+        if self._effective.output.moderate:
+            asked = [self._ask_whole(answer) for answer in self._answers if self._due(answer)]
+        return [*asked, *self._go_on()]
+
+    def _due(self, answer: Answer) -> bool:
+        """Whether a choice still needs a verdict on all that it said."""
+        if not answer.message.parts:
+            return False
+        hold = self._stream.hold if self._stream else None
+        return hold is None or (answer.index not in hold.cut_choices and not hold.covered(answer.index, answer.message))
+
+    def _ask_whole(self, answer: Answer) -> Ask:
+        assert self._request is not None
+        self._whole.add(answer.index)
+        self._last.pop(answer.index, None)
+        return self._ask("output", answer.index, replace(self._request.conversation, answer=answer.message))
+
+    def _output_judged(self, choice: int, call: GuardCall, window: Window | None) -> None:
+        """Keeps the verdict that counts for a choice: a block for good, else the one on the whole, in any order."""
+        last = self._last.get(choice)
+        if last is not None and last.decision.action is Action.BLOCK:
+            return
+        blocked = call.decision.action is Action.BLOCK
+        if blocked or window is None or choice not in self._whole:
+            self._last[choice] = call
+        if self._stream is None:
+            return
+        if blocked:
+            self._stream.hold.cut(choice, self._notices()[choice], self._soft)
+        elif window is not None:
+            self._stream.hold.cleared(window)
+
+    def _go_on(self) -> list[Command]:
+        """Whatever the last event made possible: windows to ask about, text to release, the end."""
+        if self.phase is Phase.OUTPUT and not self._open:
+            return self._output_decided()
+        stream = self._stream
+        if stream is None or self.phase not in (Phase.UPSTREAM, Phase.OUTPUT):
+            return []
+        assert self._request is not None
+        if len(stream.hold.cut_choices) == self._request.choices:
+            return self._finished(stream)
+        if self.phase is Phase.OUTPUT:
+            return self._send(stream.hold.release()) if stream.begun else []
+        asked: list[Command] = []
+        if self._effective.output.moderate:
+            for window in stream.hold.due():
+                answered = replace(self._request.conversation, answer=window.message)
+                asked.append(self._ask("output", window.choice, answered, window))
+        return [*asked, *self._send(stream.hold.release())]
+
+    def _output_decided(self) -> list[Command]:
+        if self._stream is None:
+            assert self._answer is not None
+            ruling = self._ruling()
+            body = self._answer.render(ruling)
+            self._remember(self._answer.answer_id)
+            return self._close(self._reply(self._answer.content_type, body, self._settle()))
+        return self._finished(self._stream)
+
+    def _finished(self, stream: _Stream) -> list[Command]:
+        """The end of a stream: every choice has its last verdict, or was cut."""
+        ruling = self._ruling()
+        self._remember(stream.parser.answer_id)
+        action = self._settle()
+        stopped = self._stopped()
+        pieces = stream.hold.finish(lambda: stream.parser.close(ruling))
+        data, more = next(pieces), next(pieces, None)
+        if more is not None:
+            self.phase = Phase.CLOSED
+            return [*stopped, *self._begin(action), Rest(self._counted(chain((data, more), pieces)))]
+        if not stream.begun:
+            return [*stopped, *self._close(self._reply(_SSE, data, action))]
+        return [*stopped, *self._send(data), self._end()]
+
+    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for data in pieces:
+            self._released += len(data)
+            yield data
+        self._drop()
+
+    def _settle(self) -> Action:
         action = enforce.worst(call.decision.action for call in self._calls)
         self._outcome = _OUTCOMES[action]
-        body = self._answer.render(self._ruling(calls))
-        return self._release(self._answer.content_type, body, action)
+        return action
 
-    def _ruling(self, calls: tuple[GuardCall, ...]) -> Ruling:
-        assert self._answer is not None
-        asked = next((call for call in self._calls if call.source == "input"), None)
+    def _remember(self, answer_id: str | None) -> None:
+        """Keeps what a later request may continue: only an answer that was released."""
+        if answer_id and self._request and all(n.action is not Action.BLOCK for n in self._notices().values()):
+            answer = self._answers[0].message if self._answers else None
+            self.history = (answer_id, replace(self._request.conversation, answer=answer))
+
+    @property
+    def _soft(self) -> bool:
+        return self._effective.block_style == "soft"
+
+    def _notices(self) -> dict[int, Notice]:
+        """What is to be said of each choice, by its last verdict."""
         conversation = self._request.conversation if self._request else Conversation(())
-        notices = {
-            call.choice: enforce.notice(call.decision, conversation) for call in calls if call.choice is not None
-        }
-        for answer in self._answer.answers:  # the operator left the output unguarded: released, and recorded as such
+        notices = {choice: enforce.notice(call.decision, conversation) for choice, call in self._last.items()}
+        for answer in self._answers:  # the operator left the output unguarded: released, and recorded as such
             if answer.message.parts and answer.index not in notices and not self._effective.output.moderate:
                 notices[answer.index] = enforce.not_moderated(f"{self.id}.output.{answer.index}", "output")
+        return notices
+
+    def _ruling(self) -> Ruling:
+        conversation = self._request.conversation if self._request else Conversation(())
+        asked = next((call for call in self._calls if call.source == "input"), None)
         return Ruling(
             request=None if asked is None else enforce.notice(asked.decision, conversation),
-            choices=notices,
-            soft=self._effective.block_style == "soft",
+            choices=self._notices(),
+            soft=self._soft,
         )
 
-    def _guard_failed(self, call: GuardCall) -> Respond:
+    def _guard_failed(self, call: GuardCall) -> list[Command]:
         self._outcome, self._error = "guard_error", call.decision.error
-        return self._close(enforce.guard_unavailable(self._dialect, call.decision, self._retry_after))
+        return self._broken(enforce.guard_unavailable(call.decision, self._retry_after))
 
-    def _upstream_refused(self) -> Command:
+    def _upstream_refused(self) -> list[Command]:
         """The upstream's own error: its status and codes pass, its words do not."""
         self._outcome, self._error = "upstream_error", f"upstream_status_{self._status}"
         try:
             body = self._json()
         except UpstreamError:
             body = None
-        reply = enforce.upstream_refused(self._dialect, self._status, body, self._upstream_headers, self.id)
-        return self._close(reply)
+        return self._broken(enforce.upstream_refused(self._status, body, self._upstream_headers, self.id))
 
-    def _pass_back(self) -> Command:
-        self._outcome = "allowed"
-        return self._release(b"application/json", dumps(self._json()), Action.ALLOW)
-
-    def _release(self, content_type: bytes, body: bytes, action: Action) -> Respond:
-        self._released = len(body)
-        headers = enforce.strip_response_headers(self._upstream_headers)
-        return self._close(
-            Reply(200, ((b"content-type", content_type), *headers, *enforce.guard_headers(self.id, action)), body)
-        )
+    def _broken(self, error: PublicError) -> list[Command]:
+        """Ends with an error: a reply of its own, or, in a stream whose head is out, an error event."""
+        if self._stream is None or not self._stream.begun:
+            return self._close(enforce.render(self._dialect, error))
+        data = self._stream.parser.fail(error)
+        return [*self._stopped(), *self._send(data), self._end()]
 
     def _json(self) -> Any:
         try:
@@ -370,17 +563,54 @@ class Transaction:
         except StrictJSONError as error:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, str(error)) from None
 
-    def _close(self, reply: Reply) -> Respond:
+    def _reply(self, content_type: bytes, body: bytes, action: Action) -> Reply:
+        self._released = len(body)
+        return Reply(200, self._head(content_type, str(action)), body)
+
+    def _head(self, content_type: bytes, action: str) -> Headers:
+        kept = enforce.strip_response_headers(self._upstream_headers)
+        return ((b"content-type", content_type), *kept, *enforce.guard_headers(self.id, action))
+
+    def _begin(self, action: str = "pending") -> list[Command]:
+        assert self._stream is not None
+        if self._stream.begun:
+            return []
+        self._stream.begun, self._sent_status = True, 200
+        return [Begin(200, self._head(_SSE, str(action)))]
+
+    def _send(self, data: bytes) -> list[Command]:
+        if not data:
+            return []
+        assert self._stream is not None
+        self._released += len(data)
+        before, self._shown = self._shown, self._stream.hold.shown
+        return [*self._begin(), Send(data, self._shown > before)]
+
+    def _stopped(self) -> list[Command]:
+        stopped: list[Command] = [Stop()] if self._upstream_open else []
+        self._upstream_open = False
+        return stopped
+
+    def _close(self, reply: Reply) -> list[Command]:
+        stopped = self._stopped()
         self._drop()
         self.phase = Phase.CLOSED
         self._sent_status = reply.status
-        return Respond(reply)
+        return [*stopped, Respond(reply)]
+
+    def _end(self) -> End:
+        self._drop()
+        self.phase = Phase.CLOSED
+        return End()
 
     def _drop(self) -> None:
+        if self._stream is not None:
+            self._leaked, self._shown = self._stream.hold.leaked, self._stream.hold.shown
         self._body.clear()
-        self._events = None
+        self._stream = None
 
 
+_SSE = b"text/event-stream; charset=utf-8"
 _OUTCOMES: dict[Action, Outcome] = {
     Action.ALLOW: "allowed",
     Action.ANNOTATE: "annotated",

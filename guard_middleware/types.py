@@ -119,6 +119,9 @@ class Verdict:
 
     Scores are the guard's probability of *harmful*, 0..1. ``drawn_text`` is what the reader found in
     each image, in image order. ``timings`` are seconds by stage (queue, reader, generate).
+
+    ``cached`` says that this verdict was known, or was just being made for somebody else: it cost no tokens now.
+    ``left_out`` counts what of earlier turns was judged before and not read again (``characters``, ``images``).
     """
 
     request: Label
@@ -132,6 +135,8 @@ class Verdict:
     categories: tuple[str, ...] = ()
     drawn_text: tuple[str, ...] = ()
     timings: tuple[tuple[str, float], ...] = ()
+    cached: bool = False
+    left_out: tuple[tuple[str, int], ...] = ()
 
     def label(self, source: Source) -> Label | None:
         return self.request if source == "input" else self.response
@@ -184,6 +189,7 @@ class GuardCall:
     seconds: float
 
 
+StreamMode = Literal["hold", "window", "async"]
 Outcome = Literal["allowed", "annotated", "blocked", "guard_error", "rejected", "upstream_error", "aborted"]
 
 
@@ -191,6 +197,8 @@ Outcome = Literal["allowed", "annotated", "blocked", "guard_error", "rejected", 
 class Record:
     """What is known of one request when it is over: the source of its span attributes and of its log line.
 
+    ``stream_mode`` is how a streamed answer left (None where none came), ``released_characters`` how much of its text.
+    ``leaked_characters`` is the most of one choice that left ahead of its verdict: 0, but in mode ``async``.
     ``conversation`` and ``answers`` are raw content: they are digested, and leave only where the
     operator's configuration captures content.
     """
@@ -213,4 +221,7 @@ class Record:
     released_bytes: int = 0
     conversation: Conversation | None = None
     answers: tuple[Message, ...] = ()
+    leaked_characters: int = 0
+    stream_mode: StreamMode | None = None
+    released_characters: int = 0
     timings: tuple[tuple[str, float], ...] = ()

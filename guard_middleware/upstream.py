@@ -91,7 +91,7 @@ class UpstreamApp:
                 )
             async with response:
                 await send({"type": "http.response.start", "status": response.status, "headers": response.raw_headers})
-                async for chunk in response.content.iter_any():
+                while chunk := await self._read(response):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
@@ -100,3 +100,8 @@ class UpstreamApp:
             raise UpstreamError(UpstreamErrorKind.UNREACHABLE, type(error).__name__) from None
         except (aiohttp.ClientError, OSError) as error:
             raise UpstreamError(UpstreamErrorKind.RESET, type(error).__name__) from None
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        # aiohttp 3.14 forgets its own bound, and the reader, where a later chunk of the body is malformed
+        async with asyncio.timeout(self._timeout.sock_read):
+            return await response.content.readany()

@@ -61,7 +61,18 @@ def test_one_record_is_one_line_with_everything_that_proves_the_decision(tmp_pat
         "tokens": {"prompt": 120, "completion": 40, "reasoning": 30},
         "drawn_text_chars": [len(f"drawn {MARKER}")],
         "timings": {"queue": 0.001, "generate": 0.004},
+        "cached": False,
+        "left_out": {},
     }
+
+
+def test_a_streamed_answer_says_how_it_left(tmp_path: Path) -> None:
+    streamed = {"stream_mode": "async", "outcome": "blocked", "released_characters": 80, "leaked_characters": 30}
+    line = write_one(tmp_path / "log", changes=streamed)
+    assert (line["stream_mode"], line["stream_ending"]) == ("async", "cut")
+    assert (line["released_characters"], line["leaked_characters"]) == (80, 30)
+    whole = write_one(tmp_path / "whole")
+    assert (whole["stream_mode"], whole["stream_ending"]) == (None, None)
 
 
 def test_no_raw_content_is_written_by_default(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_explain_says_which_policy_and_why(
     value = json.loads(out)
     assert (status, value["policy"]) == (0, chosen)
     assert set(value) == {
-        "policy", "digest", "rule", "reason", "tenant", "block_style", "input", "output", "warnings",
+        "policy", "digest", "rule", "reason", "tenant", "block_style", "race", "input", "output", "warnings",
     }  # fmt: skip
     assert value["digest"][:12] in text
 

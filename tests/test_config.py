@@ -115,7 +115,11 @@ BROKEN = [
     (POLICY + "threshhold: 0.5", 4, "unknown key `threshhold` in policies.p.input", "did you mean `threshold`"),
     (POLICY + "zzz: 0.5", 4, "unknown key `zzz`", "choose from moderate, on_harmful"),
     ("version: 1\nlimits:\n  body_bites: 1", 3, "unknown key `body_bites` in limits", "did you mean `body_bytes`"),
-    ("dialects: {messages: {}}", 1, "unknown key `messages` in dialects", "chat_completions"),
+    ("policies: {p: {output: {stream: {mode: async}}}}", 1, "async shows text before its verdict", "leak_bound: 1000"),
+    ("policies: {p: {output: {stream: {leak_bound: 9}}}}", 1, "no effect in mode hold", "remove it"),
+    ("policies: {p: {output: {stream: {overlap: 200}}}}", 1, "more than half of the first window", "lower overlap"),
+    ("policies: {p: {output: {stream: {last_window: 20}}}}", 1, "shorter than the first", "raise last_window"),
+    ("dialects: {realtime: {}}", 1, "unknown key `realtime` in dialects", "chat_completions"),
     ("version: 1\nimages: {}\nversion: 1", 3, "`version` is given twice (first on line 1)", "keep one"),
     (
         POLICY + "threshold: 0.5\n      reader: true\n      threshold: 0.9",

@@ -72,7 +72,7 @@ def error(reply: Reply) -> dict[str, Any]:
 
 
 def test_a_blocked_prompt_is_a_400_content_filter_without_reasoning() -> None:
-    reply = enforce.blocked_prompt(CHAT_COMPLETIONS, enforce.notice(decision(), ASKED))
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.blocked_prompt(enforce.notice(decision(), ASKED)))
     assert reply.status == 400
     assert error(reply) == {
         "message": "The request was blocked by the content policy of this service (decision d1).",
@@ -95,7 +95,8 @@ def test_a_blocked_prompt_is_a_400_content_filter_without_reasoning() -> None:
 
 
 def test_reasoning_and_score_are_shown_where_the_policy_says_so() -> None:
-    reply = enforce.blocked_prompt(CHAT_COMPLETIONS, enforce.notice(decision(show_reasoning=True), ASKED))
+    notice = enforce.notice(decision(show_reasoning=True), ASKED)
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.blocked_prompt(notice))
     inner = error(reply)["innererror"]
     assert inner["reasoning"] == f"the user asks {MARK}"
     assert inner["score"] == 0.9
@@ -129,7 +130,7 @@ def test_what_nobody_read_is_said_to_be_unread() -> None:
 @pytest.mark.parametrize("source", ["input", "output"])
 def test_no_verdict_is_a_503_that_is_not_a_content_filter(kind: GuardErrorKind, source: Source) -> None:
     failed = decision(source=source, basis=Basis.ERROR, verdict=None, error=kind.value)
-    reply = enforce.guard_unavailable(CHAT_COMPLETIONS, failed)
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.guard_unavailable(failed))
     assert reply.status == 503
     assert error(reply)["code"] == "guard_unavailable"
     headers = dict(reply.headers)
@@ -140,7 +141,7 @@ def test_no_verdict_is_a_503_that_is_not_a_content_filter(kind: GuardErrorKind, 
 
 def test_a_known_wait_is_told_and_then_a_retry_is_welcome() -> None:
     failed = decision(basis=Basis.ERROR, verdict=None, error="overloaded")
-    headers = dict(enforce.guard_unavailable(CHAT_COMPLETIONS, failed, 1.2).headers)
+    headers = dict(enforce.guard_unavailable(failed, 1.2).headers)
     assert headers[b"retry-after"] == b"2"
     assert b"x-should-retry" not in headers
 
@@ -151,9 +152,9 @@ def test_a_known_wait_is_told_and_then_a_retry_is_welcome() -> None:
 )
 def test_a_prompt_that_can_never_be_judged_is_the_clients_error(kind: GuardErrorKind, status: int, code: str) -> None:
     failed = decision(basis=Basis.ERROR, verdict=None, error=kind.value)
-    reply = enforce.guard_unavailable(CHAT_COMPLETIONS, failed, 5.0)
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.guard_unavailable(failed, 5.0))
     assert (reply.status, error(reply)["code"], error(reply)["param"]) == (status, code, "messages")
-    answered = enforce.guard_unavailable(CHAT_COMPLETIONS, replace(failed, source="output"))
+    answered = enforce.render(CHAT_COMPLETIONS, enforce.guard_unavailable(replace(failed, source="output")))
     assert (answered.status, error(answered)["code"]) == (503, "guard_unavailable")
 
 
@@ -161,7 +162,7 @@ def test_a_prompt_that_can_never_be_judged_is_the_clients_error(kind: GuardError
 @pytest.mark.parametrize("dialect", [CHAT_COMPLETIONS, None])
 def test_a_refusal_keeps_its_status_code_and_param(kind: RejectKind, dialect: Any) -> None:
     refused = RequestRejected(kind, "fixed words", param="messages[0]")
-    reply = enforce.failure(dialect, refused, "r1")
+    reply = enforce.render(dialect, enforce.failure(refused, "r1"))
     assert reply.status == refused.status
     found = error(reply)
     assert (found["code"], found["message"], found["param"]) == (kind.value, "fixed words", "messages[0]")
@@ -170,7 +171,7 @@ def test_a_refusal_keeps_its_status_code_and_param(kind: RejectKind, dialect: An
 
 @pytest.mark.parametrize("kind", list(UpstreamErrorKind))
 def test_a_broken_upstream_is_a_502_or_504_in_our_words(kind: UpstreamErrorKind) -> None:
-    reply = enforce.failure(CHAT_COMPLETIONS, UpstreamError(kind, MARK), "r1")
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.failure(UpstreamError(kind, MARK), "r1"))
     assert reply.status == (504 if kind is UpstreamErrorKind.TIMEOUT else 502)
     assert error(reply)["code"] == kind.value
     assert MARK.encode() not in reply.body
@@ -182,7 +183,7 @@ def test_a_broken_upstream_is_a_502_or_504_in_our_words(kind: UpstreamErrorKind)
 def test_the_upstreams_own_error_keeps_status_code_and_request_id_but_no_text(status: int) -> None:
     body = {"error": {"message": MARK, "type": "tokens", "code": "rate_limit_exceeded", "param": MARK}}
     headers = ((b"X-Request-Id", b"req_1"), (b"retry-after", b"3"), (b"x-echo", MARK.encode()))
-    reply = enforce.upstream_refused(CHAT_COMPLETIONS, status, body, headers, "r1")
+    reply = enforce.render(CHAT_COMPLETIONS, enforce.upstream_refused(status, body, headers, "r1"))
     assert reply.status == status
     found = error(reply)
     assert (found["type"], found["code"], found["param"]) == ("tokens", "rate_limit_exceeded", None)
@@ -196,14 +197,14 @@ def test_the_upstreams_own_error_keeps_status_code_and_request_id_but_no_text(st
     "body", [None, [], MARK, {"error": MARK}, {"error": {"code": MARK, "type": [MARK]}}, {"code": 5}]
 )
 def test_an_error_body_of_any_shape_is_replaced(body: Any) -> None:
-    reply = enforce.upstream_refused(None, 500, body, (), "r1")
+    reply = enforce.render(None, enforce.upstream_refused(500, body, (), "r1"))
     assert (error(reply)["code"], error(reply)["type"]) == ("upstream_error", "server_error")
     assert MARK.encode() not in reply.body
 
 
 @pytest.mark.parametrize("status", [204, 302, 101, 600])
 def test_a_status_that_is_no_error_becomes_502(status: int) -> None:
-    assert enforce.upstream_refused(CHAT_COMPLETIONS, status, None, ((b"location", b"/x"),), "r1").status == 502
+    assert enforce.upstream_refused(status, None, ((b"location", b"/x"),), "r1").status == 502
 
 
 def test_a_defect_says_nothing() -> None:

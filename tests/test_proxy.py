@@ -189,8 +189,8 @@ def test_of_the_query_only_an_api_version_goes_on(gateway: Gateway, upstream: Up
     "path",
     """
     /invocations /inference/v1/generate /generative_scoring /pooling /classify /score /v1/score /rerank /v1/rerank
-    /v2/rerank /tokenize /detokenize /v1/chat/completions/batch /v1/chat/completions/render /render /v1/completions
-    /v1/responses /v1/responses/resp_1 /v1/messages /v1/messages/count_tokens /v1/embeddings /v1/audio/speech
+    /v2/rerank /tokenize /detokenize /v1/chat/completions/batch /v1/chat/completions/render /render /v1/completions/c1
+    /v1/responses/resp_1 /v1/messages/batches /v1/messages/batches/b1 /v1/embeddings /v1/audio/speech
     /v1/audio/transcriptions /v1/audio/translations /v1/images/generations /v1/files /v1/batches /v1/assistants
     /v1/threads /v1/fine_tuning/jobs /v1/realtime /v1/moderations /v1/load_lora_adapter /load /ping /version /metrics
     /health /openapi.json /docs /abort_requests /sleep /reset_prefix_cache /collective_rpc /server_info

@@ -162,6 +162,56 @@ def test_metrics_arrive_at_a_collector(otlp: Collector) -> None:
     assert outcomes == {"allowed": 1, "blocked": 1, "rejected": 1}
 
 
+STREAMS: list[tuple[dict[str, Any], str]] = [
+    ({"outcome": "allowed", "stream_mode": "window", "released_characters": 80}, "released"),
+    ({"outcome": "annotated", "stream_mode": "hold", "released_characters": 0}, "released"),  # a tool call alone
+    ({"outcome": "blocked", "stream_mode": "async", "released_characters": 80, "leaked_characters": 30}, "cut"),
+    ({"outcome": "aborted", "stream_mode": "window", "released_characters": 8}, "cut"),
+    ({"outcome": "upstream_error", "stream_mode": "window", "released_characters": 0}, "held"),
+]
+
+
+def test_streams_are_counted_by_mode_and_by_what_the_client_saw(otlp: Collector) -> None:
+    telemetry = Telemetry.from_env("guard-gateway")
+    for changes, _ in STREAMS:
+        one_request(telemetry, finished=record(stream=True, **changes))
+    one_request(telemetry)
+    asyncio.run(telemetry.aclose())
+    assert telemetry.failures == 0
+
+    def by_mode(metric: str, value: str) -> dict[Any, Any]:
+        points = otlp.points(f"guard_middleware.{metric}")
+        return {tuple(sorted(of.values())): getattr(point, value) for of, point in points}
+
+    assert by_mode("streams", "as_int") == {
+        ("released", "window"): 1, ("hold", "released"): 1, ("async", "cut"): 1, ("cut", "window"): 1,
+        ("held", "window"): 1,
+    }  # fmt: skip
+    assert by_mode("leaked.characters", "as_int") == {("window",): 0, ("hold",): 0, ("async",): 30}
+    assert by_mode("hold_back.duration", "count") == {("window",): 3, ("hold",): 1, ("async",): 1, ("none",): 1}
+
+
+@pytest.mark.parametrize(("changes", "ending"), STREAMS)
+def test_the_server_span_says_how_a_stream_left(changes: dict[str, Any], ending: str) -> None:
+    recorder = Recorder()
+    one_request(recorder.telemetry, finished=record(stream=True, **changes))
+    found = values(recorder.span("POST /v1/chat/completions"))
+    assert (found["guard_middleware.stream.mode"], found["guard_middleware.stream.ending"]) == (
+        changes["stream_mode"],
+        ending,
+    )
+    assert found["guard_middleware.released.characters"] == changes["released_characters"]
+    assert found["guard_middleware.leaked.characters"] == changes.get("leaked_characters", 0)
+
+
+def test_of_a_stream_that_was_held_nothing_is_unscreened(otlp: Collector) -> None:
+    telemetry = Telemetry.from_env("guard-gateway")
+    held = {"stream_mode": "window", "outcome": "upstream_error", "calls": (call("input", verdict()),), "answers": ()}
+    one_request(telemetry, finished=record(**held))
+    asyncio.run(telemetry.aclose())
+    assert [point.as_int for _, point in otlp.points("guard_middleware.unscreened.bytes")] == [0]
+
+
 def test_released_bytes_without_a_verdict_are_counted(otlp: Collector) -> None:
     export(Telemetry.from_env("guard-gateway"), finished=record(calls=(call("input", verdict()),)))
     assert [point.as_int for _, point in otlp.points("guard_middleware.unscreened.bytes")] == [900]

@@ -11,12 +11,23 @@ from typing import Final
 
 from guard_middleware.dialects.base import Dialect, Route
 from guard_middleware.dialects.chat_completions import ChatCompletions
+from guard_middleware.dialects.completions import Completions
+from guard_middleware.dialects.messages import Messages, MessagesCount
+from guard_middleware.dialects.responses import Responses
 from guard_middleware.errors import RejectKind, RequestRejected
 
 CHAT_COMPLETIONS: Final[Dialect] = ChatCompletions()
+COMPLETIONS: Final[Dialect] = Completions()
+MESSAGES: Final[Dialect] = Messages()
+MESSAGES_COUNT: Final[Dialect] = MessagesCount()
+RESPONSES: Final[Dialect] = Responses()
 
 _ROUTES: Final[dict[bytes, tuple[bytes, Route]]] = {
     b"/v1/chat/completions": (b"POST", Route(CHAT_COMPLETIONS)),
+    b"/v1/completions": (b"POST", Route(COMPLETIONS)),
+    b"/v1/messages": (b"POST", Route(MESSAGES)),
+    b"/v1/messages/count_tokens": (b"POST", Route(MESSAGES_COUNT)),
+    b"/v1/responses": (b"POST", Route(RESPONSES)),
     b"/v1/models": (b"GET", Route(None)),
 }
 #: one model by its id, whose slashes an SDK may escape; no segment may start with a dot

@@ -7,7 +7,7 @@ where text and images sit and in how a block looks; everything that differs is b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -48,7 +48,9 @@ class ParsedRequest:
     """A request that a dialect accepts. ``body`` is the validated value that is sent on; it is never mutated.
 
     ``conversation`` holds media as ``Uri`` parts until ``with_media``; ``choices`` is ``n``.
-    ``include_usage`` says that a stream must end with its usage.
+    ``include_usage`` says that a stream must end with its usage. ``continues`` is the id of an earlier answer whose
+    conversation the upstream holds (``previous_response_id``); ``server_tools`` says that the upstream itself acts on
+    tools while it answers (web search, code execution), so that an answer asked for cannot be taken back.
     """
 
     dialect: str
@@ -60,6 +62,8 @@ class ParsedRequest:
     include_usage: bool
     sites: tuple[MediaSite, ...]
     place: Callable[[Blob], JSONValue] = field(repr=False, compare=False)
+    continues: str | None = None
+    server_tools: bool = False
 
     @property
     def media(self) -> tuple[str, ...]:
@@ -83,6 +87,13 @@ class ParsedRequest:
         for site in self.sites:
             body = _put(body, site.path, self.place(blobs[site.uri]))
         return replace(self, conversation=replace(self.conversation, messages=messages), body=body, sites=())
+
+    def with_history(self, history: Conversation) -> ParsedRequest:
+        """The same request after the messages and the answer of an earlier one, as the guard should see it."""
+        before = history.messages if history.answer is None else (*history.messages, history.answer)
+        own = self.conversation
+        definitions = tuple(dict.fromkeys((*history.definitions, *own.definitions)))
+        return replace(self, conversation=replace(own, messages=(*before, *own.messages), definitions=definitions))
 
     def encode(self) -> bytes:
         """The body to send on, as JSON."""
@@ -153,7 +164,11 @@ class Answer:
 
 
 class ParsedAnswer(Protocol):
-    """A whole answer, read from one JSON body or from one finished stream, none of it released."""
+    """A whole answer, read from one JSON body, none of it released."""
+
+    @property
+    def answer_id(self) -> str | None:
+        """The upstream's id of this answer, where a later request may continue from it."""
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -161,20 +176,74 @@ class ParsedAnswer(Protocol):
 
     @property
     def content_type(self) -> bytes:
-        """``application/json`` or ``text/event-stream; charset=utf-8``."""
+        """``application/json``."""
 
     def render(self, ruling: Ruling) -> bytes:
-        """The body to release: JSON, or every server-sent event to its end. Needs a notice for every choice."""
+        """The body to release. Needs a notice for every choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Text that one frame adds to one surface of a choice.
+
+    ``surface`` is unique within the choice (``content``, ``reasoning_content``, ``tool_calls.0``, ``block.2``); the
+    texts of a surface, joined in order, are what is judged.
+    """
+
+    surface: str
+    text: str
+    reasoning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The smallest piece of a streamed answer that is released or held: one event's share in one choice.
+
+    ``value`` is what the dialect encodes on release. ``said`` is empty for structure (an opening, a closing), which
+    leaves as soon as all that its choice said before it has left. ``whole`` leaves only after the last verdict on its
+    choice: a tool call, whose arguments mean nothing in parts.
+    """
+
+    choice: int
+    value: Any = field(repr=False)
+    said: tuple[Said, ...] = ()
+    whole: bool = False
 
 
 class StreamParser(Protocol):
-    """Reads one streamed answer, event by event; counts no bytes (the caller does)."""
+    """One streamed answer, read event by event and written again frame by frame; counts no bytes (the caller does).
 
-    def feed(self, event: Event) -> None:
+    What ends a choice (its ``finish_reason`` or ``stop_reason``), usage and what ends the stream are no frames: the
+    parser keeps them for ``close``. Nothing is judged or released here; the caller calls ``release`` for the frames
+    that were cleared, in order, ``cut`` at most once for a choice, and ``close`` or ``fail`` once, at the end. Where
+    every choice was cut, ``close`` may come before the upstream's stream has ended, and must repeat nothing of it.
+    """
+
+    @property
+    def keep_alive(self) -> bytes:
+        """What may stand anywhere between two events while an answer is held: a comment, or Anthropic's ``ping``."""
+
+    @property
+    def answer_id(self) -> str | None:
+        """The upstream's id of this answer, where a later request may continue from it."""
+
+    def feed(self, event: Event) -> Sequence[Frame]:
         """Take one event; raises ``UpstreamError`` for anything that cannot be screened."""
 
-    def finish(self) -> ParsedAnswer:
-        """The whole answer; raises ``UpstreamError`` where the stream ended before it was complete."""
+    def finish(self) -> tuple[Answer, ...]:
+        """All choices, whole, in order of their index; raises ``UpstreamError`` where the stream ended too early."""
+
+    def release(self, frame: Frame) -> bytes:
+        """The frame's events for the client."""
+
+    def cut(self, choice: int, notice: Notice, soft: bool) -> bytes:
+        """Ends a choice as blocked, whatever of it was released before; its later frames are never released."""
+
+    def close(self, ruling: Ruling) -> bytes:
+        """The endings of all choices that were not cut, what is to be said about the answer, usage, and the end."""
+
+    def fail(self, error: PublicError) -> bytes:
+        """Ends a stream whose head is out with an error that every client of this API raises."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ Refuses:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from guard_middleware.dialects.base import MediaSite, Options, ParsedRequest
@@ -33,21 +32,27 @@ from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
     Admitted,
     FieldError,
-    Rule,
     admit,
+    as_flag,
     as_list,
     as_object,
     as_str,
     as_word,
     in_order,
     invalid,
-    is_scalar,
-    join,
     json_text,
+    refuse_guards,
     unsupported_content,
-    unsupported_field,
 )
-from guard_middleware.errors import RejectKind, RequestRejected
+from guard_middleware.dialects.request_shared import (
+    bounded,
+    read_bias,
+    read_metadata,
+    read_stops,
+    rejecting,
+    unusual,
+)
+from guard_middleware.errors import RejectKind
 from guard_middleware.limits import Limits
 from guard_middleware.media import to_data_url
 from guard_middleware.strictjson import JSONValue
@@ -67,8 +72,6 @@ from guard_middleware.types import (
 _MESSAGES = 4096
 _PARTS = 1024
 _TOOLS = 128
-_STOPS = 16
-_METADATA = 16
 _ROLE: dict[str, Role] = {
     "system": "system",
     "developer": "system",
@@ -77,21 +80,11 @@ _ROLE: dict[str, Role] = {
     "tool": "tool",
     "function": "tool",
 }
-#: in the name of an option: it is about a guard, ours or the upstream's
-_GUARD = re.compile(r"guard|moderat|safe|content_?filter|jailbreak", re.IGNORECASE)
-#: words of options that need no reading
-_USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
-_METADATA_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_LABEL = re.compile(r"[!-~]{0,256}")
-_TOKEN = re.compile(r"-?[0-9]{1,10}", re.ASCII)
 
 
 def parse_request(body: JSONValue, limits: Limits, options: Options) -> ParsedRequest:
     """Read a request body; raises ``RequestRejected`` and nothing else."""
-    try:
-        return _Reader(limits, options).request(body)
-    except FieldError as error:
-        raise RequestRejected(error.kind, error.message, param=error.path or None) from None
+    return rejecting(lambda: _Reader(limits, options).request(body))
 
 
 @dataclass(slots=True)
@@ -103,9 +96,7 @@ class _Reader:
 
     def request(self, body: JSONValue) -> ParsedRequest:
         source = as_object(body, "")
-        for name in source.keys() - REQUEST.keys() - self.options.extra_fields.keys():
-            if _GUARD.search(name):
-                raise unsupported_field(join("", name), "cannot configure a guard")
+        refuse_guards(source.keys() - REQUEST.keys() - self.options.extra_fields.keys())
         admitted = admit(REQUEST, source, "", self.options)
         kept = admitted.kept
         definitions: list[Definition] = []
@@ -120,20 +111,17 @@ class _Reader:
                 definitions.append(Definition("response_format", json_text(response_format)))
         definitions += [Definition(name, text) for name, text in admitted.texts.items()]
         definitions += [Definition(name, text) for name, text in admitted.extras.items()]
-        for name in (name for name, rule in REQUEST.items() if rule is Rule.CHOICE):
-            if (said := kept.get(name)) is not None and said not in _USUAL:
-                definitions.append(Definition(name, json_text(said)))
+        definitions += unusual(REQUEST, kept)
         if (stop := source.get("stop")) is not None:
-            stops = [stop] if isinstance(stop, str) else as_list(stop, "stop", _STOPS)
-            definitions += [Definition("stop", as_str(item, f"stop[{i}]")) for i, item in enumerate(stops)]
+            definitions += read_stops(stop)
             kept["stop"] = stop
 
         kept["messages"], messages = self.messages(source.get("messages"))
         if (metadata := source.get("metadata")) is not None:
-            kept["metadata"], notes = _metadata(metadata)
+            kept["metadata"], notes = read_metadata(metadata)
             definitions += notes
         if (bias := source.get("logit_bias")) is not None:
-            kept["logit_bias"] = _bias(bias)
+            kept["logit_bias"] = read_bias(bias)
         if (modalities := source.get("modalities")) is not None:
             if modalities != ["text"]:
                 raise unsupported_content("modalities", "only text output can be moderated")
@@ -146,9 +134,9 @@ class _Reader:
             conversation=Conversation(tuple(messages), tuple(definitions)),
             body=in_order(source, kept),
             model=model if isinstance(model, str) else None,
-            stream=_flag(source.get("stream"), "stream"),
-            choices=_choices(source, self.limits),
-            include_usage=_flag(stream_options.get("include_usage"), "stream_options.include_usage"),
+            stream=as_flag(source.get("stream"), "stream"),
+            choices=bounded(source.get("n"), "n", self.limits.choices),
+            include_usage=as_flag(stream_options.get("include_usage"), "stream_options.include_usage"),
             sites=tuple(self.sites),
             place=to_data_url,
         )
@@ -290,41 +278,3 @@ class _Reader:
 def _reasoning(admitted: Admitted) -> list[str]:
     found = (admitted.texts.get(name) for name in ("reasoning", "reasoning_content"))
     return list(dict.fromkeys(text for text in found if text is not None))
-
-
-def _flag(value: JSONValue, path: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise invalid(path, "must be a boolean")
-    return bool(value)
-
-
-def _choices(source: dict[str, JSONValue], limits: Limits) -> int:
-    n = source.get("n")
-    if n is None:
-        return 1
-    if type(n) is not int or not 1 <= n <= limits.choices:
-        raise invalid("n", f"must be an integer from 1 to {limits.choices}")
-    return n
-
-
-def _bias(value: JSONValue) -> dict[str, JSONValue]:
-    source = as_object(value, "logit_bias")
-    if not all(_TOKEN.fullmatch(key) and is_scalar(item) for key, item in source.items()):
-        raise invalid("logit_bias", "must be numbers by token id")
-    return source
-
-
-def _metadata(value: JSONValue) -> tuple[dict[str, JSONValue], list[Definition]]:
-    """Bounded as OpenAI bounds it, and never about guards. Labels pass unread; what could be prose is read."""
-    source = as_object(value, "metadata")
-    if len(source) > _METADATA:
-        raise invalid("metadata", f"has more than {_METADATA} entries")
-    notes: list[Definition] = []
-    for key, item in source.items():
-        if not _METADATA_KEY.fullmatch(key) or not isinstance(item, str) or len(item) > 512:
-            raise invalid("metadata", "keys must be short words, values strings of at most 512 characters")
-        if _GUARD.search(key):
-            raise unsupported_field("metadata", "cannot configure moderation")
-        if not _LABEL.fullmatch(item):
-            notes.append(Definition("metadata", f"{key}: {item}"))
-    return dict(source), notes

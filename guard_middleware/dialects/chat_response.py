@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from guard_middleware.dialects.answer_shared import read_envelope, read_index, upstream_error
 from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_fields import CALL, CHOICE, COMPLETION, MESSAGE, TOOL_CALLS
 from guard_middleware.dialects.chat_moderation import explain
 from guard_middleware.dialects.chat_shared import read_annotations, read_named
 from guard_middleware.dialects.fields import (
-    Admitted,
     FieldError,
-    Table,
     admit,
     as_identifier,
     as_list,
@@ -32,18 +31,10 @@ from guard_middleware.dialects.fields import (
     unsupported_content,
 )
 from guard_middleware.dialects.openai_error import JSON_TYPE
-from guard_middleware.errors import RejectKind, UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Reasoning, Text, ToolCall
 
 _CALLS = 128
-_UNSUPPORTED = frozenset({RejectKind.UNSUPPORTED_FIELD, RejectKind.UNSUPPORTED_CONTENT})
-
-
-def upstream_error(error: FieldError) -> UpstreamError:
-    """The same finding about an answer: not screenable, or not of this API."""
-    kind = UpstreamErrorKind.UNSUPPORTED if error.kind in _UNSUPPORTED else UpstreamErrorKind.MALFORMED
-    return UpstreamError(kind, error.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +44,8 @@ class ParsedCompletion:
     body: dict[str, JSONValue]
     choices: Mapping[int, dict[str, JSONValue]]
     answers: tuple[Answer, ...]
+
+    answer_id = None  # a Chat Completions answer cannot be continued by its id
 
     @property
     def content_type(self) -> bytes:
@@ -107,20 +100,6 @@ def _completion(body: JSONValue, request: ParsedRequest, options: Options) -> Pa
         choices[index] = in_order(choice, kept)
         answers.append(Answer(index, Message("assistant", tuple(parts)), finish_reason))
     return ParsedCompletion(top.kept, choices, tuple(sorted(answers, key=lambda answer: answer.index)))
-
-
-def read_envelope(table: Table, source: dict[str, JSONValue], options: Options) -> Admitted:
-    """The top level of an answer or of a chunk, without its choices."""
-    if source.get("error") is not None:
-        raise UpstreamError(UpstreamErrorKind.RESET, "the upstream reported an error inside its answer")
-    return admit(table, source, "", options)
-
-
-def read_index(choice: dict[str, JSONValue], where: str, choices: int) -> int:
-    index = choice.get("index")
-    if type(index) is not int or not 0 <= index < choices:
-        raise invalid(f"{where}.index", "must be the index of a choice that was asked for")
-    return index
 
 
 def check_role(value: JSONValue, path: str) -> None:

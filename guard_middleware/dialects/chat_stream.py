@@ -1,9 +1,9 @@
-"""A streamed Chat Completions answer: every chunk checked, gathered per choice and surface, re-emitted when cleared.
+"""A streamed Chat Completions answer: every chunk checked, cut into frames of one choice, re-emitted when cleared.
 
 Chunks are never passed on; they are parsed, their allowed fields kept in order, and encoded again. What is said
 is gathered per (choice, surface): content, each kind of reasoning, refusal, citations, and each tool call by its
-index, so that text split over chunks, choices or parallel calls is judged whole. The whole answer is released at
-once; a later release in windows needs only a bound per choice on ``ParsedStream.chunks``, which are in order.
+index, so that text split over chunks, choices or parallel calls is judged whole. Citations, tool calls and fields
+that the operator calls moderated leave only with the last verdict.
 
 Refuses (``UpstreamError``):
 - named events, data that is not a chunk, ``{"error": ...}``, anything after ``[DONE]``;
@@ -14,21 +14,15 @@ Refuses (``UpstreamError``):
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from guard_middleware import sse
-from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Ruling
+from guard_middleware.dialects.answer_shared import DONE, read_chunk, read_envelope, read_index, upstream_error
+from guard_middleware.dialects.base import Answer, Frame, Notice, Options, ParsedRequest, PublicError, Ruling, Said
 from guard_middleware.dialects.chat_fields import CALL, CHUNK, CHUNK_CHOICE, DELTA, TOOL_CALLS
 from guard_middleware.dialects.chat_moderation import explain
-from guard_middleware.dialects.chat_response import (
-    blocked,
-    check_role,
-    read_envelope,
-    read_index,
-    spoken,
-    upstream_error,
-)
+from guard_middleware.dialects.chat_response import blocked, check_role, spoken
 from guard_middleware.dialects.chat_shared import arguments_text, read_annotations
 from guard_middleware.dialects.fields import (
     FieldError,
@@ -41,14 +35,15 @@ from guard_middleware.dialects.fields import (
     invalid,
     unsupported_content,
 )
+from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
-from guard_middleware.strictjson import JSONValue, StrictJSONError, dumps, loads
+from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Text, ToolCall
 
-SSE_TYPE = b"text/event-stream; charset=utf-8"
-DONE = "[DONE]"
 _CALLS = 128
 _PER_CHUNK = 64
+#: what an ending of ours repeats of the upstream's chunks: identity, never content
+_ENVELOPE = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
 
 
 @dataclass(slots=True)
@@ -87,139 +82,140 @@ class _Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """One chunk to re-emit: its top level without choices, and its choices as (index, choice)."""
+class _Piece:
+    """A frame's value: one choice of a chunk, and the chunk's top level."""
 
     body: dict[str, JSONValue]
-    choices: tuple[tuple[int, dict[str, JSONValue]], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedStream:
-    """A finished stream, none of it released."""
-
-    chunks: tuple[Chunk, ...]
-    answers: tuple[Answer, ...]
-    include_usage: bool
-
-    @property
-    def content_type(self) -> bytes:
-        return SSE_TYPE
-
-    def render(self, ruling: Ruling) -> bytes:
-        """Every event to ``[DONE]``. A blocked choice is one chunk, where it would have begun.
-
-        There, and not at the end, because SDKs take the order in which choices appear for their index.
-        """
-        block = {a.index for a in self.answers if ruling.blocked(a.index, bool(a.message.parts))}
-        told: set[int] = set()
-        frames: list[dict[str, Any]] = []
-        for chunk in self.chunks:
-            choices: list[dict[str, JSONValue]] = []
-            for index, choice in chunk.choices:
-                if index not in block:
-                    choices.append(choice)
-                elif index not in told:
-                    told.add(index)
-                    delta, finish_reason = blocked(ruling.choices[index].message, ruling.soft)
-                    choices.append({"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
-            if choices or not chunk.choices:
-                frames.append({**chunk.body, "choices": choices})
-        last = next(frame for frame in reversed(frames) if frame["choices"])
-        last.update(explain(ruling))
-        if self.include_usage and frames[-1].get("usage") is None:
-            # The usage came with a chunk of a blocked choice.
-            bodies = [chunk.body for chunk in self.chunks if chunk.body.get("usage") is not None]
-            frames += [{**body, "choices": []} for body in bodies[-1:]]
-        return b"".join([*(sse.encode(dumps(frame)) for frame in frames), sse.encode(DONE)])
+    choice: dict[str, JSONValue]
 
 
 class ChatStreamParser:
-    """Feed it every event of one stream, then ``finish``."""
+    """``base.StreamParser`` of this API."""
+
+    keep_alive = sse.comment("guard pending")
+    answer_id = None
 
     def __init__(self, request: ParsedRequest, options: Options) -> None:
         self._request, self._options = request, options
         self._choices: dict[int, _Choice] = {}
-        self._chunks: list[Chunk] = []
+        self._envelope: dict[str, JSONValue] = {}
+        self._usage: dict[str, JSONValue] | None = None
+        self._endings: dict[int, _Piece] = {}
+        self._cut: set[int] = set()
         self._extras: dict[str, list[str]] = {}
         self._done = False
 
-    def feed(self, event: sse.Event) -> None:
+    def feed(self, event: sse.Event) -> Sequence[Frame]:
         """Take one event; raises ``UpstreamError``."""
         if self._done:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "data after [DONE]")
-        if event.event == "error":
-            raise UpstreamError(UpstreamErrorKind.RESET, "the upstream reported an error inside its stream")
-        if event.event not in ("", "message"):
-            raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a named event in a stream of this API")
-        if event.data.strip(" ") == DONE:
+        chunk = read_chunk(event)
+        if chunk is None:
             self._done = True
-            return
+            return ()
         try:
-            self._chunk(loads(event.data.encode("utf-8")))
-        except (StrictJSONError, UnicodeEncodeError):
-            raise UpstreamError(UpstreamErrorKind.MALFORMED, "an event that is not JSON") from None
+            return self._chunk(chunk)
         except FieldError as error:
             raise upstream_error(error) from None
 
-    def finish(self) -> ParsedStream:
+    def finish(self) -> tuple[Answer, ...]:
         """The whole answer; raises ``UpstreamError`` where the stream is not complete."""
         if not self._done:
             raise UpstreamError(UpstreamErrorKind.RESET, "the stream ended without [DONE]")
         if not self._choices or any(choice.finish_reason is None for choice in self._choices.values()):
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "the stream ended without a finish_reason")
-        answers = tuple(
+        return tuple(
             Answer(index, choice.message(self._extras), choice.finish_reason)
             for index, choice in sorted(self._choices.items())
         )
-        return ParsedStream(tuple(self._chunks), answers, self._request.include_usage)
 
-    def _chunk(self, value: JSONValue) -> None:
-        source = as_object(value, "")
+    def release(self, frame: Frame) -> bytes:
+        piece: _Piece = frame.value
+        return sse.encode(dumps({**piece.body, "choices": [piece.choice]}))
+
+    def cut(self, choice: int, notice: Notice, soft: bool) -> bytes:
+        self._cut.add(choice)
+        delta, finish_reason = blocked(notice.message, soft)
+        ending: JSONValue = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        said = explain(Ruling(None, {choice: notice}))
+        return sse.encode(dumps({**self._envelope, "choices": [ending], **said}))
+
+    def close(self, ruling: Ruling) -> bytes:
+        """The chunks that end the choices, in the order in which they ended, the moderation, usage, ``[DONE]``."""
+        endings = [piece for index, piece in self._endings.items() if index not in self._cut]
+        frames: list[dict[str, JSONValue]] = [{**piece.body, "choices": [piece.choice]} for piece in endings]
+        if frames:
+            frames[-1].update(explain(ruling))
+        if self._request.include_usage and self._usage is not None:
+            body = self._usage if endings else {**self._envelope, "usage": self._usage["usage"]}
+            frames.append({**body, "choices": []})
+        return b"".join([*(sse.encode(dumps(frame)) for frame in frames), sse.encode(DONE)])
+
+    def fail(self, error: PublicError) -> bytes:
+        return sse.encode(openai_error(error, prompt_param="messages").body) + sse.encode(DONE)
+
+    def _chunk(self, source: dict[str, JSONValue]) -> list[Frame]:
         admitted = read_envelope(CHUNK, source, self._options)
         _gather(self._extras, admitted.extras)
-        items = as_list(source.get("choices"), "choices", _PER_CHUNK)
-        kept = [found for number, item in enumerate(items) if (found := self._choice(item, f"choices[{number}]"))]
-        if kept or (self._request.include_usage and admitted.kept.get("usage") is not None):
-            self._chunks.append(Chunk(admitted.kept, tuple(kept)))
+        body = {name: value for name, value in admitted.kept.items() if name != "usage"}
+        if admitted.kept.get("usage") is not None:
+            self._usage = admitted.kept
+        self._envelope = self._envelope or {name: body[name] for name in _ENVELOPE if name in body}
+        frames: list[Frame] = []
+        for number, item in enumerate(as_list(source.get("choices"), "choices", _PER_CHUNK)):
+            frames += self._choice(item, f"choices[{number}]", body, bool(admitted.extras))
+        return frames
 
-    def _choice(self, value: JSONValue, where: str) -> tuple[int, dict[str, JSONValue]] | None:
+    def _choice(self, value: JSONValue, where: str, body: dict[str, JSONValue], extras: bool) -> Iterator[Frame]:
         source = as_object(value, where)
         index = read_index(source, where, self._request.choices)
         state = self._choices.setdefault(index, _Choice())
         outer = admit(CHUNK_CHOICE, source, where, self._options)
         _gather(state.extras, outer.extras)
         delta = source.get("delta")
-        sent, says = self._delta(state, {} if delta is None else delta, f"{where}.delta")
+        sent, said, whole = self._delta(state, {} if delta is None else delta, f"{where}.delta")
+        whole = whole or bool(outer.extras) or extras
         if state.finish_reason is not None:
-            if says or outer.extras:
+            if said or whole:
                 raise invalid(f"{where}.delta", "has content after its finish_reason")
-            return None
+            return
         finish_reason = outer.kept.get("finish_reason")
         if finish_reason is not None:
             state.finish_reason = as_word(finish_reason, f"{where}.finish_reason")
-        return index, {"index": index, "delta": sent, **outer.kept, "finish_reason": finish_reason}
+        if finish_reason is None or said or whole:
+            choice = {"index": index, "delta": sent, **outer.kept, "finish_reason": None}
+            yield Frame(index, _Piece(body, choice), said, whole)
+            sent = {}
+        if finish_reason is not None:
+            self._endings[index] = _Piece(
+                {name: body[name] for name in _ENVELOPE if name in body},
+                {"index": index, "delta": sent, **outer.kept, "finish_reason": finish_reason},
+            )
 
-    def _delta(self, state: _Choice, value: JSONValue, where: str) -> tuple[dict[str, JSONValue], bool]:
+    def _delta(
+        self, state: _Choice, value: JSONValue, where: str
+    ) -> tuple[dict[str, JSONValue], tuple[Said, ...], bool]:
+        """What to send of a delta, the text in it by surface, and whether it must wait for the last verdict."""
         source = as_object(value, where)
         check_role(source.get("role"), f"{where}.role")
         admitted = admit(DELTA, source, where, self._options)
         kept = admitted.kept
         _gather(state.texts, admitted.texts)
         _gather(state.extras, admitted.extras)
-        says = any(admitted.texts.values()) or bool(admitted.extras)
+        said = tuple(Said(name, text, name.startswith("reasoning")) for name, text in admitted.texts.items() if text)
+        whole = bool(admitted.extras)
         if (annotations := source.get("annotations")) is not None:
             kept["annotations"], found = read_annotations(annotations, f"{where}.annotations", self._options)
             state.citations += found
-            says = says or bool(found)
+            whole = whole or bool(found)
         if (calls := source.get("tool_calls")) is not None:
             kept["tool_calls"] = self._tool_calls(state, calls, f"{where}.tool_calls")
-            says = says or bool(calls)
+            whole = whole or bool(calls)
         if (call := source.get("function_call")) is not None:
             state.function_call = state.function_call or _Call()
             kept["function_call"] = self._call(state, state.function_call, call, f"{where}.function_call")
-            says = True
-        return in_order(source, kept), says
+            whole = True
+        return in_order(source, kept), said, whole
 
     def _tool_calls(self, state: _Choice, value: JSONValue, path: str) -> list[JSONValue]:
         kept: list[JSONValue] = []

@@ -12,8 +12,10 @@ oddly spelled tokens and identifiers, switches whose effect cannot be screened.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -34,6 +36,7 @@ class Rule(Enum):
     CHOICE = "a short word, or an object; the guard reads it unless it is one of the usual words"
     NUMBERS = "an object of numbers, at any depth; strings in it are dropped"
     IDENTIFIER = "an opaque printable string of bounded length without spaces, passed unread"
+    SEALED = "what the model service encrypted or signed for itself: base64 that is not text, passed unread"
     OFF = "a switch that may only be off: its effect cannot be screened"
     REFUSED = "never accepted, unless null"
     DROPPED = "removed, unless null, before the value is sent on or released"
@@ -45,7 +48,13 @@ _WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _IDENTIFIER = re.compile(r"[!-~]{1,256}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _GUARD = re.compile(r"guard|moderat", re.IGNORECASE)
+#: in the name of an option: it is about a guard, ours or the upstream's
+_GUARD_OPTION = re.compile(r"guard|moderat|safe|content_?filter|jailbreak", re.IGNORECASE)
+_SEALED = re.compile(r"[A-Za-z0-9+/_-]{0,1048576}={0,2}")
+_SHORT = 256
 _LEAVES = 32
+#: words of options that need no reading
+USUAL = ("auto", "none", "required", "any", "validated", "minimal", "low", "medium", "high", "xhigh", "max", "default")
 
 
 class FieldError(Exception):
@@ -119,6 +128,38 @@ def as_identifier(value: JSONValue, path: str) -> str:
     return value
 
 
+def as_sealed(value: JSONValue, path: str) -> str:
+    """Base64 of bytes that are no text. Short values are identifiers: some servers sign with one."""
+    if not isinstance(value, str) or not _SEALED.fullmatch(value) or (len(value) > _SHORT and _seals_text(value)):
+        raise invalid(path, "must be base64 of something encrypted")
+    return value
+
+
+def _seals_text(value: str) -> bool:
+    padded = value.rstrip("=").replace("+", "-").replace("/", "_")
+    try:
+        base64.urlsafe_b64decode(padded + "=" * (-len(padded) % 4)).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    except binascii.Error:
+        return True
+    return True
+
+
+def as_flag(value: JSONValue, path: str) -> bool:
+    """A boolean that may be null or missing."""
+    if value is not None and not isinstance(value, bool):
+        raise invalid(path, "must be a boolean")
+    return bool(value)
+
+
+def refuse_guards(names: Iterable[str], path: str = "") -> None:
+    """Refuses a name of an option that is about guards: the client cannot configure them."""
+    for name in names:
+        if _GUARD_OPTION.search(name):
+            raise unsupported_field(join(path, name), "cannot configure a guard")
+
+
 def json_text(value: JSONValue) -> str:
     """What the guard reads of a structure: its text itself, or its compact JSON."""
     return value if isinstance(value, str) else dumps(value).decode("utf-8")
@@ -187,6 +228,8 @@ def _constrained(rule: Rule, item: JSONValue, where: str) -> JSONValue:
             return as_word(item, where)
         case Rule.IDENTIFIER:
             return as_identifier(item, where)
+        case Rule.SEALED:
+            return as_sealed(item, where)
         case Rule.OFF:
             if item is False or (type(item) is int and item == 0):
                 return item

@@ -206,6 +206,7 @@ def main() -> int:
         socket, settings = folder / "worker.sock", folder / "guard.yaml"
         settings.write_text(
             f"worker: {{socket: {socket}, manage: false}}\naudit: {{path: {folder / 'decisions.jsonl'}}}\n"
+            "cache: {verdicts: {entries: 0}}\n"  # every round asks anew
         )
         direct = stack.enter_context(process(str(ROOT / "tests/bench/overhead.py"), "--serve-upstream"))
         stack.enter_context(process(str(ROOT / "tests/support/scripted_worker.py"), "--socket", str(socket)))

@@ -21,6 +21,7 @@ from guard_middleware.limits import Limits
 from guard_middleware.sse import Event
 from guard_middleware.strictjson import dumps, loads
 from guard_middleware.types import Action, Basis, Conversation, Decision, Message, Text, Usage, Verdict
+from tests.support.streams import finished
 
 ASKED = Conversation((Message("user", (Text("hi"),)),))
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -103,15 +104,11 @@ def answering(what: Ruling, *texts: str) -> Gateway:
                 chunks.append({"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
                 chunks += [{"index": i, "delta": {"content": piece}, "finish_reason": None} for piece in text]
             chunks += [{"index": i, "delta": {}, "finish_reason": "stop"} for i in range(len(texts))]
-            for item in chunks:
-                stream.feed(
-                    Event("", dumps({**envelope, "object": "chat.completion.chunk", "choices": [item]}).decode())
-                )
-            if request.include_usage:
-                last = {**envelope, "object": "chat.completion.chunk", "choices": [], "usage": USAGE}
-                stream.feed(Event("", dumps(last).decode()))
-            stream.feed(Event("", "[DONE]"))
-            parsed = stream.finish()
+            envelope["object"] = "chat.completion.chunk"
+            bodies: list[Any] = [{**envelope, "choices": [item]} for item in chunks]
+            bodies += [{**envelope, "choices": [], "usage": USAGE}] if request.include_usage else []
+            data = [*(dumps(body).decode() for body in bodies), "[DONE]"]
+            parsed = finished(stream, (Event("", text) for text in data))
         return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
 
     return Gateway(reply)
@@ -134,7 +131,7 @@ def stream(client: openai.OpenAI, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_blocked_prompt_is_a_typed_error_and_not_retried(call: Callable[[openai.OpenAI], Any]) -> None:
-    gateway = fixed(enforce.blocked_prompt(CHAT_COMPLETIONS, notice("input", Action.BLOCK)))
+    gateway = fixed(enforce.render(CHAT_COMPLETIONS, enforce.blocked_prompt(notice("input", Action.BLOCK))))
     with pytest.raises(openai.BadRequestError) as caught:
         call(gateway.client())
     assert caught.value.code == "content_filter"
@@ -148,7 +145,7 @@ def test_a_blocked_prompt_is_a_typed_error_and_not_retried(call: Callable[[opena
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
 def test_a_dead_guard_is_a_server_error_and_not_retried(call: Callable[[openai.OpenAI], Any]) -> None:
     failed = Decision("d1", "input", Action.BLOCK, Basis.ERROR, "p", "0", Action.BLOCK, None, "unavailable")
-    gateway = fixed(enforce.guard_unavailable(CHAT_COMPLETIONS, failed))
+    gateway = fixed(enforce.render(CHAT_COMPLETIONS, enforce.guard_unavailable(failed)))
     with pytest.raises(openai.InternalServerError) as caught:
         call(gateway.client())
     assert (caught.value.status_code, caught.value.code) == (503, "guard_unavailable")
@@ -164,14 +161,16 @@ def test_a_dead_guard_is_a_server_error_and_not_retried(call: Callable[[openai.O
     ],
 )
 def test_a_refusal_is_a_typed_error(kind: RejectKind, expected: type[openai.APIStatusError]) -> None:
-    gateway = fixed(enforce.failure(CHAT_COMPLETIONS, RequestRejected(kind, "no", param="x"), "r1"))
+    gateway = fixed(enforce.render(CHAT_COMPLETIONS, enforce.failure(RequestRejected(kind, "no", param="x"), "r1")))
     with pytest.raises(expected) as caught:
         CALLS["create"](gateway.client())
     assert (caught.value.code, gateway.hits) == (kind.value, 1)
 
 
 def test_an_answer_that_cannot_be_moderated_is_not_asked_for_again() -> None:
-    gateway = fixed(enforce.failure(CHAT_COMPLETIONS, UpstreamError(UpstreamErrorKind.UNSUPPORTED), "r1"))
+    gateway = fixed(
+        enforce.render(CHAT_COMPLETIONS, enforce.failure(UpstreamError(UpstreamErrorKind.UNSUPPORTED), "r1"))
+    )
     with pytest.raises(openai.InternalServerError) as caught:
         CALLS["create"](gateway.client())
     assert (caught.value.code, gateway.hits) == ("upstream_unsupported", 1)
@@ -180,7 +179,7 @@ def test_an_answer_that_cannot_be_moderated_is_not_asked_for_again() -> None:
 def test_the_upstreams_own_refusal_stays_what_it_was() -> None:
     headers = ((b"x-request-id", b"req_7"), (b"x-should-retry", b"false"))
     body: Any = {"error": {"message": "secret", "type": "tokens", "code": "rate_limit_exceeded"}}
-    gateway = fixed(enforce.upstream_refused(CHAT_COMPLETIONS, 429, body, headers, "r1"))
+    gateway = fixed(enforce.render(CHAT_COMPLETIONS, enforce.upstream_refused(429, body, headers, "r1")))
     with pytest.raises(openai.RateLimitError) as caught:
         CALLS["create"](gateway.client())
     assert (caught.value.code, caught.value.request_id) == ("rate_limit_exceeded", "req_7")

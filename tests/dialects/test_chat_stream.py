@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from guard_middleware.dialects import chat_fields
 from guard_middleware.dialects.base import Notice, Options, Ruling
 from guard_middleware.dialects.chat_request import parse_request
-from guard_middleware.dialects.chat_stream import ChatStreamParser, ParsedStream
+from guard_middleware.dialects.chat_stream import ChatStreamParser
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.limits import Limits
 from guard_middleware.sse import Decoder, Event
 from guard_middleware.types import Action, Basis, Message, Reasoning, Text, ToolCall
+from tests.support.streams import Finished, finished
 
 MARK = "how to pick a lock"
 
@@ -42,13 +43,9 @@ def parser(n: int = 1, *, usage: bool = False, **options: Any) -> ChatStreamPars
     return ChatStreamParser(parse_request(body, Limits(), Options()), Options(**options))
 
 
-def read(*chunks: Any, n: int = 1, done: bool = True, usage: bool = False, **options: Any) -> ParsedStream:
-    stream = parser(n, usage=usage, **options)
-    for item in chunks:
-        stream.feed(Event("", item if isinstance(item, str) else json.dumps(item)))
-    if done:
-        stream.feed(Event("", "[DONE]"))
-    return stream.finish()
+def read(*chunks: Any, n: int = 1, done: bool = True, usage: bool = False, **options: Any) -> Finished:
+    data = [item if isinstance(item, str) else json.dumps(item) for item in (*chunks, *["[DONE]"] * done)]
+    return finished(parser(n, usage=usage, **options), (Event("", text) for text in data))
 
 
 def ruling(*actions: Action, soft: bool = False) -> Ruling:
@@ -59,7 +56,7 @@ def ruling(*actions: Action, soft: bool = False) -> Ruling:
     return Ruling(None, {index: notice(action) for index, action in enumerate(actions)}, soft)
 
 
-def frames(parsed: ParsedStream, what: Ruling) -> list[dict[str, Any]]:
+def frames(parsed: Finished, what: Ruling) -> list[dict[str, Any]]:
     events = Decoder().feed(parsed.render(what))
     assert events[-1].data == "[DONE]"
     return [json.loads(event.data) for event in events[:-1]]

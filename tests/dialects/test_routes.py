@@ -12,6 +12,14 @@ def test_known_routes() -> None:
     chat = route("POST", b"/v1/chat/completions").dialect
     assert chat is not None
     assert chat.name == "chat_completions"
+    for path, name in ((b"/v1/completions", "completions"), (b"/v1/responses", "responses")):
+        dialect = route("POST", path).dialect
+        assert dialect is not None
+        assert dialect.name == name
+    for path in (b"/v1/messages", b"/v1/messages/count_tokens"):
+        messages = route("POST", path).dialect
+        assert messages is not None
+        assert messages.name == "messages"
 
 
 @pytest.mark.parametrize(
@@ -56,9 +64,19 @@ def test_the_list_of_models_passes_through(path: bytes) -> None:
         b"/v1/chat/completions/batch",
         b"/v1/chat/completions/render",
         b"/v1/chat/completions/chatcmpl-1",
-        b"/v1/completions",
-        b"/v1/responses",
-        b"/v1/messages",
+        b"/v1/completions/",
+        b"/v1/completions/cmpl-1",
+        b"/v1/responses/",
+        b"/v1/responses/resp_1",
+        b"/v1/responses/resp_1/cancel",
+        b"/v1/responses/resp_1/input_items",
+        b"/v1/responses/input_tokens",
+        b"/v1/responses/compact",
+        b"/v1/conversations",
+        b"/v1/messages/batches",
+        b"/v1/messages/",
+        b"/v1//messages",
+        b"/v1/messages/count_tokens/",
         b"/v1/embeddings",
         b"/v1/rerank",
         b"/v1/audio/speech",

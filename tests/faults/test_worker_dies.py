@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.gateway import (
     CHAT,
+    FORGETFUL,
     GOOD,
     LEAK,
     Gateway,
@@ -32,7 +33,7 @@ from tests.support.gateway import (
 DEADLINE = 0.6
 #: what an answer may take beyond the guard's deadlines on a busy machine
 SLACK = 2.0
-POLICY = {"policies": {"default": {"input": {"deadline": "600ms"}, "output": {"deadline": "600ms"}}}}
+POLICY = {**FORGETFUL, "policies": {"default": {"input": {"deadline": "600ms"}, "output": {"deadline": "600ms"}}}}
 MANAGED = [sys.executable, str(Path(__file__).parents[1] / "support" / "managed_gateway.py")]
 
 
@@ -254,7 +255,7 @@ def test_an_open_policy_lets_through_and_counts_a_bypass(tmp_path: Path, upstrea
             tmp_path,
             upstream.url,
             tmp_path / "w.sock",
-            {"policies": {"default": {"input": source, "output": source}}},
+            {**FORGETFUL, "policies": {"default": {"input": source, "output": source}}},
         ) as gateway,
     ):
         worker.popen.kill()

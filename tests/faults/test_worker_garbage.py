@@ -16,10 +16,10 @@ from websockets.sync.server import ServerConnection, unix_serve
 
 from guard_middleware.types import Usage, Verdict
 from guard_middleware.wire import decode_request, encode_answer
-from tests.support.gateway import PATIENCE, Gateway, Upstream, chat, unique
+from tests.support.gateway import FORGETFUL, PATIENCE, Gateway, Upstream, chat, unique
 
 DEADLINE = 0.5
-POLICY = {"policies": {"default": {"input": {"deadline": "500ms"}, "output": {"deadline": "500ms"}}}}
+POLICY = {**FORGETFUL, "policies": {"default": {"input": {"deadline": "500ms"}, "output": {"deadline": "500ms"}}}}
 Answer = Callable[[ServerConnection, str, bool], None]
 
 

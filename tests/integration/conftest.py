@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.gateway import (
     BAD,
+    FORGETFUL,
     Behaviour,
     Gateway,
     Seen,
@@ -109,7 +110,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Ite
 def hanging(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Gateway]:
     """A gateway whose worker hangs."""
     folder = tmp_path_factory.mktemp("hang")
-    settings = {"policies": {"default": both(deadline="200ms")}}
+    settings = {**FORGETFUL, "policies": {"default": both(deadline="200ms")}}
     with (
         scripted_worker(folder / "w.sock") as worker,
         Gateway(folder, upstream.url, folder / "w.sock", settings) as process,

@@ -415,8 +415,8 @@ def test_the_list_of_models_and_one_model(gateway: Gateway) -> None:
 def test_other_endpoints_are_typed_404s(gateway: Gateway) -> None:
     with openai.OpenAI(api_key=KEY, base_url=f"{gateway.url}/v1") as client:
         for call in (
-            lambda: client.responses.create(model="good", input="hi"),
-            lambda: client.completions.create(model="good", prompt="hi"),
+            lambda: client.responses.retrieve("resp_1"),
+            lambda: client.images.generate(model="good", prompt="hi"),
             lambda: client.embeddings.create(model="good", input="hi"),
             lambda: client.moderations.create(input="hi"),
         ):
