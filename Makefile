@@ -46,6 +46,7 @@ unit: $(STAMP)-dev
 bench: $(STAMP)-dev
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/verdict.py
+	$(BIN)/python -m tests.bench.streams
 
 # Train the bundled guard again: make nano DATA=path/to/data
 nano: $(STAMP)-dev
