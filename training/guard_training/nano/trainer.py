@@ -1,6 +1,7 @@
 """Reasoning SFT on TRL's SFTTrainer, made cheap enough for two CPU cores.
 
-Four changes to the stock trainer. The opening of every prompt (the system turn, half of a short row) is the same
+Five changes to the stock trainer. The model runs in bfloat16 where the processor has it (``cpu.has_bfloat16``; weights
+and loss stay fp32). The opening of every prompt (the system turn, half of a short row) is the same
 tokens in every row, so it runs once per batch and its keys and values are expanded, with gradients. The vocabulary's
 logits are computed at labelled positions only, and over the ids that the batch writes, all phrases, and a draw of
 other ids (a sampled softmax). Each labelled token has a weight, so that a decision counts for more than the phrase
@@ -26,6 +27,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
+from guard_training.nano.cpu import has_bfloat16
 from guard_training.nano.teacher import Kind, Stretch
 from guard_training.tuning.run import ResumingTrainer
 
@@ -164,6 +166,10 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         self.map: torch.nn.Sequential | None = None
         super().__init__(*args, **kwargs)
         self._vocabulary = vocabulary
+        self._bfloat16 = has_bfloat16()
+        if self._bfloat16:
+            # The backward pass of the CPU's fused attention is slower in bfloat16 than in fp32.
+            self.model.set_attn_implementation("eager")
         self._opening = torch.tensor([list(vocabulary.opening)])
         self._decisions = torch.tensor(list(vocabulary.decisions))
         if meanings is not None:
@@ -188,7 +194,8 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy of the labelled tokens, weighted, plus the distance to the encoder's embeddings."""
-        hidden = self.hidden(model, inputs)[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            hidden = self.hidden(model, inputs)[:, :-1].float()
         labels = inputs["labels"][:, self._opening.shape[1] + 1 :]
         weights = inputs["loss_weights"][:, self._opening.shape[1] + 1 :]
         chosen = labels != IGNORED
@@ -292,7 +299,7 @@ def training_arguments(
     save_every: int,
     seed: int,
 ) -> SFTConfig:
-    """fp32 on the CPU (bf16 is ten times slower there), cosine schedule, two checkpoints kept."""
+    """fp32 weights on the CPU (the trainer itself chooses bfloat16), cosine schedule, two checkpoints kept."""
     return SFTConfig(
         output_dir=str(output),
         per_device_train_batch_size=batch,

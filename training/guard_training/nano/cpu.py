@@ -1,0 +1,33 @@
+"""What makes a CPU train faster: arithmetic in bfloat16 where the processor has it, and memory that is kept.
+
+Measured on two cores of a processor with AVX-512 BF16, one thread, 64 rows of 32 tokens after the opening: 0.65 s a
+step as it comes, 0.60 s with memory kept, 0.28 s with bfloat16 too. Without the instructions bfloat16 is emulated and
+ten times slower than fp32, so it is never chosen there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_KEPT = 1 << 30
+
+
+def has_bfloat16() -> bool:
+    """Whether matrices are multiplied in bfloat16 by the processor itself."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def keep_memory() -> None:
+    """Lets glibc reuse the memory of large tensors: it returns every one to the system, and getting it again costs
+    more than the arithmetic on it. Does nothing with another C library."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _KEPT)
+        mallopt(_TRIM_THRESHOLD, 2 * _KEPT - 1)
+        mallopt(_TOP_PAD, _KEPT >> 2)
