@@ -111,7 +111,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     app = proxy.create_app(settings)
     server = proxy.server(app, arguments.host, arguments.port, on_ready=lambda url: print(f"ready {url}", flush=True))
     server.run()
-    return 0 if server.started else 2
+    if server.started:
+        return 0
+    return 2 if server.lifespan.should_exit else 130  # a SIGINT that is ignored by inheritance raises nothing
 
 
 def _demo(arguments: argparse.Namespace) -> int:

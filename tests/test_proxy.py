@@ -320,8 +320,9 @@ def test_a_gateway_that_waits_for_its_worker_can_be_ended(folder: Path, upstream
     gateway.begin()
     eventually(lambda: "waiting for the guard worker" in gateway.stderr.read_text())
     gateway.popen.send_signal(signal.SIGINT)
-    assert gateway.popen.wait(20) == 130
+    status = gateway.popen.wait(20)
     gateway.stop()
+    assert status == 130, gateway.stderr.read_text()
     assert not gateway.said("ready")
 
 
