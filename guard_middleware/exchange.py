@@ -42,7 +42,10 @@ class Answer:
 
 
 class GuardedExchange:
-    """One request and its answer. ``path`` and ``headers`` are those of the API; header names in lower case."""
+    """One request and its answer. ``path`` and ``headers`` are those of the API; header names in lower case.
+
+    ``tenant`` is who asks as the host says it, which is believed where ``tenants.trusted_proxies`` has ``unix``.
+    """
 
     def __init__(
         self,
@@ -53,9 +56,13 @@ class GuardedExchange:
         headers: Headers = (),
         method: str = "POST",
         query: bytes = b"",
+        tenant: str | None = None,
     ) -> None:
         self._guard = GuardMiddleware(self._upstream, runtime=runtime)
         raw, _, _ = path.encode("ascii").partition(b"?")
+        header = runtime.config.tenants.header
+        if tenant is not None and header is not None:
+            headers = (*headers, (header.encode("latin-1"), tenant.encode()))
         self._scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -68,7 +75,7 @@ class GuardedExchange:
             "root_path": "",
             "headers": list(headers),
             "client": None,
-            "server": None,
+            "server": None if tenant is None else ("", None),  # as over a Unix socket: the host is this process
         }
         self._body = body
 

@@ -1,0 +1,31 @@
+"""The guard inside LiteLLM.
+
+    guardrails:
+      - guardrail_name: guard
+        litellm_params:
+          guardrail: guard_integrations.litellm.GuardMiddlewareGuardrail
+          mode: [pre_call, post_call]
+          default_on: true
+          guard_config: guard.yaml
+
+``guardrail`` holds LiteLLM's hooks, ``exchange`` one request's guard, ``wire`` and ``streams`` the way between LiteLLM's
+objects and the bytes of the APIs, ``settings`` what is configured and the one ``Runtime`` of a process. What is allowed
+is decided in ``guard_middleware`` and nowhere here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
+
+__all__ = ["GuardMiddlewareGuardrail"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GuardMiddlewareGuardrail":  # late, so that the parts without LiteLLM's proxy can be imported alone
+        from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
+
+        return GuardMiddlewareGuardrail
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
