@@ -8,9 +8,9 @@
           default_on: true
           guard_config: guard.yaml
 
-``guardrail`` holds LiteLLM's hooks, ``exchange`` one request's guard, ``wire`` and ``streams`` the way between LiteLLM's
-objects and the bytes of the APIs, ``settings`` what is configured and the one ``Runtime`` of a process. What is allowed
-is decided in ``guard_middleware`` and nowhere here.
+``guardrail`` holds LiteLLM's hooks, ``turn`` one request as it goes through the guard, ``wire`` and ``streams`` the way
+between LiteLLM's objects and the bytes of the APIs, ``settings`` what is configured and the one ``Runtime`` of a
+process. What is allowed is decided in ``guard_middleware`` and nowhere here.
 """
 
 from __future__ import annotations

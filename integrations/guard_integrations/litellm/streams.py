@@ -1,0 +1,120 @@
+"""LiteLLM's streams as server-sent events of the APIs, and the events that were released as LiteLLM's objects.
+
+LiteLLM's hooks see three kinds: chunks of a model (chat, completions), typed events (responses) and raw bytes
+(messages). What leaves is always built anew from the released bytes; nothing of an object that came in is passed on.
+
+Refuses (``UpstreamError``): whatever LiteLLM raises while it reads its upstream; an object that is none of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import orjson
+
+from guard_integrations.litellm import wire
+from guard_middleware import sse
+from guard_middleware.errors import UpstreamError, UpstreamErrorKind
+
+logger = logging.getLogger(__name__)
+
+_DONE = "[DONE]"
+
+
+class StreamFailed(Exception):
+    """The stream ended with an error of the guard's; ``error`` is its public form."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        self.error = error
+        super().__init__(str(error.get("message", "")))
+
+
+class Stream:
+    """One streamed answer of ``route``. ``incoming`` feeds the guard, ``outgoing`` makes objects of what it released."""
+
+    def __init__(self, route: wire.Route, response: AsyncIterator[Any]) -> None:
+        self._route, self._response = route, response
+        self._first: Any = None
+
+    async def incoming(self) -> AsyncIterator[bytes]:
+        """LiteLLM's objects as bytes."""
+        encode = _typed if self._route is wire.RESPONSES else _plain
+        try:
+            async for item in self._response:
+                if self._first is None:
+                    self._first = item
+                yield encode(item)
+        except UpstreamError:
+            raise
+        except Exception as error:
+            logger.warning("the model's stream failed: %s", type(error).__name__)
+            raise UpstreamError(UpstreamErrorKind.RESET, "the stream failed") from error
+        finally:
+            close: Callable[[], Any] | None = getattr(self._response, "aclose", None)
+            if close is not None:
+                await close()
+        if self._route in (wire.CHAT, wire.COMPLETIONS):
+            yield sse.encode(_DONE)
+
+    async def outgoing(self, released: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        """The objects to hand on; raises ``StreamFailed`` where the stream ends with an error."""
+        if self._route is wire.MESSAGES:
+            async for piece in released:
+                yield piece
+            return
+        decoder = sse.Decoder(max_event_bytes=64 * 1024 * 1024)
+        async for piece in released:
+            for event in decoder.feed(piece):
+                if event.data == _DONE:
+                    continue
+                value = orjson.loads(event.data)
+                if (error := _error(value)) is not None:
+                    raise StreamFailed(error)
+                yield self._object(value)
+
+    def _object(self, value: dict[str, Any]) -> Any:
+        if self._route is wire.RESPONSES:
+            from litellm.llms.openai.responses.transformation import OpenAIResponsesAPIConfig
+
+            made = OpenAIResponsesAPIConfig.get_event_model_class(value.get("type", ""))
+            return made(**value)
+        if hasattr(self._first, "model_dump"):
+            return wire.rebuild(self._first, value)
+        from litellm.types.utils import ModelResponseStream
+
+        return ModelResponseStream(**value)
+
+
+def _plain(item: Any) -> bytes:
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str):
+        return item.encode() if item.startswith(("data:", "event:", ":")) else sse.encode(item)
+    value = wire.answer_value(item)
+    name = value.get("type", "") if isinstance(value, dict) else ""
+    return sse.encode(_json(value).decode(), name if isinstance(name, str) else "")
+
+
+def _typed(item: Any) -> bytes:
+    if isinstance(item, bytes | str):
+        return _plain(item)
+    value = wire.answer_value(item)
+    return sse.encode(_json(value).decode(), str(value.get("type", "")))
+
+
+def _json(value: Any) -> bytes:
+    if not isinstance(value, dict):
+        raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, f"a {type(value).__name__} in a stream")
+    return wire.encode(value)
+
+
+def _error(value: Any) -> dict[str, Any] | None:
+    """The error that an event carries in place of an answer."""
+    if not isinstance(value, dict):
+        return None
+    if value.get("type") == "error":
+        return value.get("error") if isinstance(value.get("error"), dict) else value
+    error = value.get("error")
+    return error if isinstance(error, dict) and "choices" not in value and "type" not in value else None
