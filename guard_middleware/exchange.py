@@ -7,6 +7,9 @@
 It is ``GuardMiddleware`` driven from outside, so that there is one implementation of what is screened, held and
 recorded. The host gives the upstream's answer as bytes of the API's own JSON or server-sent events, and gets the
 same back. What it does not take waits; what it drops is recorded as dropped.
+
+A host that can leave the call to us gives ``upstream``, an ASGI application that makes it, and takes ``released()``:
+then a verdict that needs no answer any more ends the call at once.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from guard_middleware.middleware import GuardMiddleware
 from guard_middleware.runtime import Runtime
 
 if TYPE_CHECKING:
-    from starlette.types import Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 #: released pieces that the host has not taken yet; past it the stream waits
 _WAITING = 16
@@ -57,8 +60,9 @@ class GuardedExchange:
         method: str = "POST",
         query: bytes = b"",
         tenant: str | None = None,
+        upstream: ASGIApp | None = None,
     ) -> None:
-        self._guard = GuardMiddleware(self._upstream, runtime=runtime)
+        self._guard = GuardMiddleware(upstream or self._upstream, runtime=runtime)
         raw, _, _ = path.encode("ascii").partition(b"?")
         header = runtime.config.tenants.header
         if tenant is not None and header is not None:
@@ -109,19 +113,24 @@ class GuardedExchange:
         await self._first(self._sent, self._head)
         if self._sent.done():
             return self._sent.result()
-        return await self._released()
+        return await self.released()
 
     async def answer(self, status: int, headers: Headers, chunks: AsyncIterator[bytes]) -> Answer:
         """What may be released of the upstream's answer; an ``UpstreamError`` out of ``chunks`` is the upstream's."""
-        self._answered.set_result((status, headers, chunks))
-        return await self._released()
+        if not self._answered.done():
+            self._answered.set_result((status, headers, chunks))
+        elif isinstance(chunks, AsyncGenerator):  # a race that the input's verdict has ended
+            await chunks.aclose()
+        return await self.released()
 
     async def failed(self, error: UpstreamError) -> Answer:
         """What the client is to get where the upstream gave no answer."""
-        self._answered.set_exception(error)
-        return await self._released()
+        if not self._answered.done():
+            self._answered.set_exception(error)
+        return await self.released()
 
-    async def _released(self) -> Answer:
+    async def released(self) -> Answer:
+        """What the client is to get, as soon as its head may leave."""
         await self._first(self._head)
         if not self._head.done():
             self._task.result()

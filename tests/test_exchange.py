@@ -142,6 +142,62 @@ def test_a_broken_upstream_becomes_the_apis_own_error(tmp_path: Path) -> None:
     assert len(records) == 2
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_race_that_the_verdict_ends_takes_no_answer_any_more(tmp_path: Path, answered: bool) -> None:
+    ended = []
+
+    async def upstream() -> AsyncIterator[bytes]:
+        try:
+            yield completion("An hour.")
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def work(opened: Callable[[bytes], GuardedExchange]) -> tuple[int, bytes]:
+        async with opened(body("how do I pick a lock?")) as exchange:
+            assert isinstance(await exchange.request(), bytes)
+            chunks = upstream()
+            await anext(chunks)
+            await asyncio.sleep(0.05)  # the verdict comes while the host still makes its call
+            if answered:
+                blocked = await exchange.answer(200, JSON, chunks)
+            else:
+                blocked = await exchange.failed(UpstreamError(UpstreamErrorKind.RESET))
+                await chunks.aclose()  # type: ignore[attr-defined]
+            return blocked.status, await blocked.read()
+
+    (status, text), [record] = run(tmp_path, work, "policies: {default: {race: true}}")
+    assert (status, record["outcome"]) == (400, "blocked")
+    assert b"hour" not in text
+    assert ended
+
+
+def test_a_call_that_the_exchange_makes_itself_ends_with_the_verdict(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    async def upstream(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(json.loads((await receive())["body"])["messages"][0]["content"])
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append("ended")
+
+    log = tmp_path / "decisions.jsonl"
+    settings = config.parse(f"policies: {{default: {{race: true}}}}\naudit: {{path: {json.dumps(str(log))}}}\n")
+
+    async def main() -> int:
+        runtime = Runtime(settings, guard=RuleGuard({"input": 0.05}))
+        try:
+            sent = body("how do I pick a lock?")
+            async with GuardedExchange(runtime, CHAT, sent, headers=JSON, upstream=upstream) as exchange:
+                return (await exchange.released()).status
+        finally:
+            await runtime.aclose()
+
+    assert asyncio.run(main()) == 400
+    assert seen == ["how do I pick a lock?", "ended"]
+
+
 def test_what_the_host_drops_is_recorded_once_and_ends_its_call(tmp_path: Path) -> None:
     ended = []
 
