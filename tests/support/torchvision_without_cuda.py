@@ -1,7 +1,7 @@
 """Lets PyPI's torchvision be imported beside a torch without CUDA; for the environment of the vLLM tests.
 
 Its compiled operators link against CUDA and do not load there, and then its import fails over two names that nobody
-has defined. A ``.pth`` file imports this module at the interpreter's start; torch is imported only where torchvision is.
+has defined. A ``.pth`` file imports this module at the interpreter's start; torch is imported where torchvision is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
         import torch
 
         if torch.version.cuda is None:
-            library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
+            library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _kept.append(library)
