@@ -2,7 +2,8 @@
 
 A guard of a few million parameters forgets its format, quotes words that stand nowhere in the input, and contradicts
 itself between two steps. A ``form`` in its ``guard.json`` leaves it the choices that are judgements and takes away the
-others. ``{"answered": [slot, ...], "unanswered": [slot, ...]}``, each slot one of
+others. ``{"answered": [slot, ...], "unanswered": [slot, ...]}``, and for verdicts without reasoning, where the guard
+was trained to give them, ``label_answered`` and ``label_unanswered``. Each slot is one of
 
     {"one_of": [TOKEN, ...]}                                              the likeliest of these
     {"decide": NAME, "harmful": [TOKEN, ...], "unharmful": [TOKEN, ...]}  the guard's decision
@@ -32,6 +33,7 @@ from guard_middleware.errors import ConfigError
 
 #: tokens past a quote's length after which it closes inside a word: some texts have no words
 _LONG_WORD = 8
+_PARTS, _LABEL_PARTS = {"answered", "unanswered"}, {"label_answered", "label_unanswered"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,21 @@ class Form:
     def __init__(self, stated: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         self.texts = [tokenizer.decode([id], skip_special_tokens=False) for id in range(tokenizer.get_vocab_size())]
         self._ids = {text: id for id, text in enumerate(self.texts)}
-        if set(stated) != {"answered", "unanswered"}:
-            raise _refused("a form has two parts, answered and unanswered")
+        if set(stated) not in (_PARTS, _PARTS | _LABEL_PARTS):
+            raise _refused("a form has the parts answered and unanswered, and both or none of their label_ forms")
         self._slots = {
-            False: self._read(stated["unanswered"], ("request",)),
-            True: self._read(stated["answered"], ("request", "response")),
+            part: self._read(slots, ("request",) if part.endswith("unanswered") else ("request", "response"))
+            for part, slots in stated.items()
         }
 
-    def start(self, judged: Sequence[int], *, answered: bool) -> Filling:
+    @property
+    def judges_without_reasoning(self) -> bool:
+        return set(self._slots) >= _LABEL_PARTS
+
+    def start(self, judged: Sequence[int], *, answered: bool, think: bool = True) -> Filling:
         """A blank form for one prompt; ``judged`` are the ids of its user turn."""
-        return Filling(self._slots[answered], tuple(judged), self.texts)
+        part = f"{'' if think else 'label_'}{'answered' if answered else 'unanswered'}"
+        return Filling(self._slots[part], tuple(judged), self.texts)
 
     def _read(self, stated: Any, due: Sequence[str]) -> tuple[Slot, ...]:
         slots = tuple(self._slot(item) for item in stated) if isinstance(stated, list) else ()

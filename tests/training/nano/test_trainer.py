@@ -104,7 +104,7 @@ def _trainer(  # type: ignore[no-untyped-def]
         vocabulary=Vocabulary(
             encoder.opening,
             encoder.image_pad,
-            tokenizer.convert_tokens_to_ids(list(DECISIONS)),
+            [tuple(tokenizer.convert_tokens_to_ids(list(DECISIONS)))],
             tokenizer.convert_tokens_to_ids(list(PHRASES)),
             draws,
         ),

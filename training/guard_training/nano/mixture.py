@@ -55,7 +55,8 @@ _SYSTEMS = (
 class Case:
     """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image.
 
-    ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case that has them ends at the decision.
+    A ``brief`` case has no reasoning. ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case that
+    has them ends at the decision.
     """
 
     conversation: Conversation
@@ -65,6 +66,7 @@ class Case:
     id: str = ""
     chance: float | None = None
     meaning: int | None = None
+    brief: bool = False
 
 
 def draw(rows: Sequence[Row], shares: Mapping[str, float], power: float, count: int, rng: random.Random) -> list[Row]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -42,7 +42,7 @@ from guard_training.nano.pictures import typographic
 from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
-from guard_training.nano.teacher import DECIDED, DECISIONS, PHRASES, Kind, external, teach
+from guard_training.nano.teacher import DECIDED, DECISIONS, LABELS, PHRASES, Kind, external, label, teach
 from guard_training.nano.tokenizer import train_tokenizer
 from guard_training.nano.trainer import (
     Collator,
@@ -190,7 +190,7 @@ def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, po
     for row in draw(pictures, shares, recipe.power, wanted["picture"], rng):
         assert row.image is not None
         cases.append(picture_case(row, drawn(row.image.read_bytes()), others, rng))
-    return cases
+    return [replace(case, brief=rng.random() < recipe.brief_share) for case in cases]
 
 
 def _pairs(pairs: Sequence[Row], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
@@ -226,7 +226,10 @@ def encode_cases(
     for case in cases:
         found = [drawn(blob.data) for blob in case.conversation.blobs()]
         reasoning = rationales.get(case.id)
-        stretches = external(reasoning, case.judged) if reasoning else teach(case.judged, lexicon)
+        if case.brief:
+            stretches = label(case.judged)
+        else:
+            stretches = external(reasoning, case.judged) if reasoning else teach(case.judged, lexicon)
         closed = case.chance is None
         example = encode_example(
             render(case.conversation, found),
@@ -321,7 +324,7 @@ def _calibrate(
     recipe: Recipe,
 ) -> None:
     """Moves the operating point to the recipe's share of false positives on the bank's held-out benign prompts."""
-    harmful, unharmful = _decisions(tokenizer)
+    (harmful, unharmful), _ = _decisions(tokenizer)
     encoder = PromptEncoder(tokenizer)
     weights = dict.fromkeys(Kind, 1.0)
     judged = [row for row in rows if row.source.startswith("bank_")]
@@ -345,9 +348,11 @@ def _calibrate(
         shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=shift)
 
 
-def _decisions(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+def _decisions(tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
+    """The ids that decide, harmful first: of the reasoning's phrases, and of the labels without reasoning."""
     harmful, unharmful = tokenizer.convert_tokens_to_ids(list(DECISIONS))
-    return harmful, unharmful
+    labels = [tokenizer.encode(text, add_special_tokens=False)[0] for text in LABELS]
+    return [(harmful, unharmful), (labels[0], labels[1])]
 
 
 def _train(

@@ -29,6 +29,7 @@ class Recipe:
     source_shares: dict[str, float]
     kind_shares: dict[str, float]
     pool_shares: dict[str, float]
+    brief_share: float
     stretches: int
     stretch_words: int
     definitions: int

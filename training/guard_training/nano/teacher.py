@@ -5,6 +5,8 @@ training texts) and says where they stand; the second names the topic; the third
 about the answer and quotes it. The verdict repeats the decisions, so it cannot contradict them. Every fixed phrase
 is one token of nano's tokenizer (``PHRASES``), so that a verdict costs about twenty tokens.
 
+``label`` is the other form: the verdict alone after an empty reasoning, for the worker's mode without thinking.
+
 The same place takes a real teacher: ``external`` wraps a rationale written by somebody else.
 """
 
@@ -66,6 +68,7 @@ _ANSWER = {
     "refusal": "the answer declines: «",
 }
 _END = {False: "\n</think>\n", True: " ».\n</think>\n"}
+_BRIEF = "<think>\n</think>\n<result>\nAnswers:\nRequest:"
 _REQUEST, _RESPONSE, _NONE, _CLOSE = "<result>\nAnswers:\nRequest:", "\nResponse:", "\nResponse: None", "\n</result>"
 
 _TOPICS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -106,13 +109,14 @@ _REFUSAL = re.compile(
 #: learn too, or its id could come out of untrusted text.
 PHRASES: tuple[str, ...] = (
     _START, *_IN.values(), *PLACES, _OPEN, *_SECOND.values(), *TOPICS, _THIRD, *_ANSWER.values(), *_END.values(),
-    _REQUEST, _RESPONSE, _NONE, _CLOSE,
+    _REQUEST, _RESPONSE, _NONE, _CLOSE, _BRIEF,
 )  # fmt: skip
 
 #: The stretches of a completion up to the request's decision.
 DECIDED = 2
-#: The phrases that decide about the request, harmful first.
+#: What decides about the request, harmful first: phrases where it is reasoned, labels where it is not.
 DECISIONS = (_IN["harmful"], _IN["unharmful"])
+LABELS = (" harmful", " unharmful")
 
 
 def topic(label: Label, category: str | None, words: str) -> str:
@@ -160,6 +164,18 @@ def teach(judged: Judged, lexicon: Lexicon) -> list[Stretch]:
     return [stretch for stretch in out if stretch.text]
 
 
+def label(judged: Judged) -> list[Stretch]:
+    """The completion without reasoning; that there is none is the worker's choice and never trained."""
+    request, response = judged.request or "unharmful", judged.response
+    return [
+        Stretch(_BRIEF, Kind.UNKNOWN),
+        Stretch(f" {request}", Kind.REQUEST if judged.request else Kind.UNKNOWN),
+        *([Stretch(_NONE, Kind.TEMPLATE)] if response is None else []),
+        *([Stretch(_RESPONSE, Kind.TEMPLATE), Stretch(f" {response}", Kind.RESPONSE)] if response else []),
+        Stretch(_CLOSE, Kind.TEMPLATE),
+    ]
+
+
 def _quoted(quote: str) -> str:
     return f" {quote}" if quote else " -"
 
@@ -197,7 +213,14 @@ def form() -> dict[str, list[dict[str, object]]]:
     ]
     answered = [*head, *about_answer, one_of(_REQUEST), labels("request"), one_of(_RESPONSE), labels("response")]
     unanswered = [*head, one_of(_END[False]), one_of(_REQUEST), labels("request"), one_of(_NONE)]
-    return {"answered": [*answered, one_of(_CLOSE)], "unanswered": [*unanswered, one_of(_CLOSE)]}
+    brief = [one_of(_BRIEF), sides("decide", "request", LABELS[:1], LABELS[1:])]
+    response = [one_of(_RESPONSE), sides("decide", "response", LABELS[:1], LABELS[1:])]
+    return {
+        "answered": [*answered, one_of(_CLOSE)],
+        "unanswered": [*unanswered, one_of(_CLOSE)],
+        "label_answered": [*brief, *response, one_of(_CLOSE)],
+        "label_unanswered": [*brief, one_of(_NONE), one_of(_CLOSE)],
+    }
 
 
 def external(reasoning: str, judged: Judged) -> list[Stretch]:

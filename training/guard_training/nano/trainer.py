@@ -140,12 +140,13 @@ class Collator:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Ids that the loss treats apart: the shared ``opening``, the image pad, the request's ``decisions`` (harmful
-    first), and ``phrases``, which stand in every softmax beside ``draws`` other ids (0 takes them all)."""
+    """Ids that the loss treats apart: the shared ``opening``, the image pad, pairs of ``decisions`` (harmful first; the
+    first pair is the reasoning's, the others stand without reasoning), and ``phrases``, which stand in every softmax
+    beside ``draws`` other ids (0 takes them all)."""
 
     opening: Sequence[int]
     image_pad: int
-    decisions: Sequence[int]
+    decisions: Sequence[tuple[int, int]]
     phrases: Sequence[int]
     draws: int = 1024
 
@@ -205,17 +206,18 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         log_chances = logits.log_softmax(-1)
         at = torch.searchsorted(candidates, wanted)
         losses = -log_chances.gather(1, at[:, None])[:, 0]
-        deciding = torch.isin(wanted, self._decisions)
         chance = inputs["chance"][:, None].expand_as(labels)[chosen]
-        soft = deciding & (chance >= 0)
-        sides = torch.searchsorted(candidates, self._decisions)
+        soft = torch.isin(wanted, self._decisions) & (chance >= 0)
+        pair = (wanted[:, None, None] == self._decisions).any(2).int().argmax(1)
+        sides = torch.searchsorted(candidates, self._decisions)[pair]
         shares = torch.stack((chance[soft], 1 - chance[soft]), 1)
-        losses = losses.masked_scatter(soft, -(shares * log_chances[soft][:, sides]).sum(1))
+        losses = losses.masked_scatter(soft, -(shares * log_chances[soft].gather(1, sides[soft])).sum(1))
         loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)
         found: dict[str, Tensor] = {}
         with torch.no_grad():
+            deciding = soft | torch.isin(wanted, self._decisions[0])
             sure = deciding & (weight > 0) & ((chance < 0) | ((chance - 0.5).abs() > 0.25))
-            right = (logits[:, sides].argmax(1) == (wanted == self._decisions[1]).int())[sure]
+            right = (logits.gather(1, sides).argmax(1) == (wanted == self._decisions[pair, 1]).int())[sure]
             if len(right):
                 found["decision_accuracy"] = right.float().mean()
         known = inputs["meaning"] >= 0
@@ -234,8 +236,8 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         if not self._vocabulary.draws:
             return torch.arange(size)
         draws = torch.randint(size, (self._vocabulary.draws,))
-        fixed = torch.tensor([*self._vocabulary.phrases, *self._vocabulary.decisions])
-        return torch.unique(torch.cat((wanted, fixed, draws)))
+        fixed = torch.tensor(list(self._vocabulary.phrases))
+        return torch.unique(torch.cat((wanted, fixed, self._decisions.flatten(), draws)))
 
     def hidden(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Last hidden states (rows, tokens after the opening, hidden)."""
