@@ -36,7 +36,7 @@ class Replaced:
         original = FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
-        original.__kwdefaults__ = function.__kwdefaults__  # type: ignore[assignment]
+        original.__kwdefaults__ = function.__kwdefaults__
         original.__dict__.update(function.__dict__)
         self.original = original
 

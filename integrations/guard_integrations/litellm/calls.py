@@ -1,0 +1,131 @@
+"""A call of LiteLLM's SDK as the body of its API, and back: what the guard judged is what the call goes on with.
+
+Every argument belongs to the body, by whatever position or name it came, except LiteLLM's own settings. A setting
+that carries text into the prompt stays in the body, where its dialect refuses it or the operator's ``extra_fields``
+have it read.
+
+Refuses (``Unreadable``): arguments that are no JSON, and two values for one field.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from guard_integrations.litellm import wire
+
+#: of LiteLLM's own settings those that become part of a prompt
+_PROMPTS: Final = frozenset(
+    {
+        "assistant_continue_message", "custom_prompt_dict", "final_prompt_value", "litellm_system_prompt",
+        "model_config", "prompt_environment", "prompt_id", "prompt_label", "prompt_variables", "prompt_version",
+        "roles", "user_continue_message",
+    }
+)  # fmt: skip
+#: arguments about the connection, which LiteLLM does not list among its settings
+_CONNECTION: Final = frozenset(
+    {
+        "additional_drop_params", "api_type", "default_headers", "deployment_id", "drop_params",
+        "enable_json_schema_validation", "extra_headers", "extra_query", "organization", "base_url", "timeout",
+    }
+)  # fmt: skip
+
+
+class Unreadable(Exception):
+    """A call that has no body; the message is for its caller."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """``arguments`` by name; ``body`` is what of them the guard judges."""
+
+    route: wire.Route
+    arguments: Mapping[str, Any]
+    body: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, route: wire.Route, function: Callable[..., Any], args: Any, kwargs: Any) -> Call:
+        """Raises ``Unreadable``, and ``TypeError`` where Python would."""
+        arguments = _named(inspect.signature(function), args, kwargs)
+        if route is wire.COMPLETIONS and arguments.get("model") is None and "engine" in arguments:
+            arguments["model"] = arguments.pop("engine")
+        if route is wire.RESPONSES and arguments.get("text_format") is not None:
+            arguments["text"] = _text_format(arguments.pop("text_format"), arguments.get("text"))
+        settings = _settings(route)
+        body = {name: value for name, value in arguments.items() if name not in settings and value is not None}
+        extra = body.pop("extra_body", {})
+        if not isinstance(extra, dict) or extra.keys() & arguments.keys():
+            raise Unreadable("extra_body is no mapping, or repeats an argument: give each field once")
+        body |= extra
+        fallbacks = arguments.get("fallbacks") or []
+        if not isinstance(fallbacks, list) or not all(_names_a_model(fallback) for fallback in fallbacks):
+            raise Unreadable("fallbacks may name models; a fallback with a prompt of its own is not read by the guard")
+        return cls(route, arguments, body)
+
+    @property
+    def model(self) -> str:
+        return str(self.arguments.get("model") or "")
+
+    def encode(self) -> bytes:
+        """The body as JSON; raises ``Unreadable``."""
+        try:
+            return wire.encode({name: _schema(value) for name, value in self.body.items()})
+        except TypeError as error:
+            raise Unreadable(f"an argument is no JSON ({error}), so that the guard cannot read it") from None
+
+    def with_judged(self, judged: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with ``judged`` in place of the body that was judged."""
+        extra = self.arguments.get("extra_body") or {}
+        given = {name: value for name, value in self.arguments.items() if name not in self.body}
+        if extra:
+            given["extra_body"] = {name: value for name, value in judged.items() if name in extra}
+        return given | {name: value for name, value in judged.items() if name not in extra}
+
+
+def _named(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            named[name] = value
+        elif value:
+            raise TypeError(f"{len(value)} positional arguments too many")
+    return named
+
+
+def _settings(route: wire.Route) -> frozenset[str]:
+    """LiteLLM's arguments that reach no model; the installed release lists most of them."""
+    from litellm.types.utils import all_litellm_params
+
+    settings = (_CONNECTION | frozenset(all_litellm_params)) - _PROMPTS
+    return settings - {"metadata"} if route.metadata else settings
+
+
+def _names_a_model(fallback: Any) -> bool:
+    if isinstance(fallback, dict):
+        return fallback.keys() <= {"model", "api_base", "api_key", "api_version", "custom_llm_provider"}
+    return isinstance(fallback, str)
+
+
+def _schema(value: Any) -> Any:
+    """A class of pydantic's as the JSON schema that LiteLLM makes of it."""
+    if not isinstance(value, type):
+        return value
+    from litellm.llms.base_llm.base_utils import type_to_response_format_param
+
+    return type_to_response_format_param(value)
+
+
+def _text_format(text_format: Any, text: Any) -> Any:
+    from litellm.responses.utils import ResponsesAPIRequestUtils
+
+    return ResponsesAPIRequestUtils.convert_text_format_to_text_param(text_format=text_format, text=text)
+
+
+def unread(names: Mapping[str, Any]) -> Iterator[str]:
+    """Names of LiteLLM's calls that no dialect reads."""
+    return (name for name in names if wire.by_call(name) is None)
