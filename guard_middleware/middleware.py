@@ -18,14 +18,21 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guard_middleware import config as configuration
 from guard_middleware import dialects, enforce
 from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
-from guard_middleware.errors import GuardMiddlewareError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.errors import (
+    ConfigError,
+    GuardMiddlewareError,
+    RejectKind,
+    RequestRejected,
+    UpstreamError,
+    UpstreamErrorKind,
+)
 from guard_middleware.runtime import Runtime
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.telemetry import HOLD_BACK
@@ -60,8 +67,10 @@ _API_VERSION = re.compile(rb"api-version=[A-Za-z0-9._-]{1,40}")
 class GuardMiddleware:
     """Wraps ``app``. ``config`` is a ``Config`` or the path of its file; ``runtime`` replaces what it would build.
 
-    Raises ``ConfigError`` for a configuration that must not start. The worker is started in the ASGI lifespan, or at
-    the first request where the host runs none.
+    ``unguarded`` names exact paths of ``app`` that carry no content, such as ``/health``: their GET and HEAD go to it
+    UNREAD. Paths are those below where the host has mounted the middleware (``root_path``). Raises ``ConfigError`` for
+    a configuration that must not start. The worker is started in the ASGI lifespan, or at the first request where the
+    host runs none.
     """
 
     def __init__(
@@ -70,7 +79,12 @@ class GuardMiddleware:
         *,
         config: configuration.Config | str | Path | None = None,
         runtime: Runtime | None = None,
+        unguarded: Collection[str] = (),
     ) -> None:
+        for path in unguarded:
+            if not path.startswith("/"):
+                raise ConfigError(f"unguarded: {path!r} is no path", remedy='write it like unguarded=["/health"]')
+        self._unguarded = frozenset(path.encode() for path in unguarded)
         if runtime is None:
             if isinstance(config, str | Path):
                 config = configuration.load(str(config))
@@ -79,6 +93,8 @@ class GuardMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         if scope["type"] == "http":
+            if scope["method"] in ("GET", "HEAD") and _path(scope) in self._unguarded:
+                return await self.app(scope, receive, send)
             await self.runtime.start()
             await _Exchange(self.app, self.runtime, scope, receive, send).run()
         elif scope["type"] == "lifespan":
@@ -117,7 +133,7 @@ class _Exchange:
 
     def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: ASGISend) -> None:
         self._app, self._runtime, self._scope, self._receive, self._send = app, runtime, scope, receive, send
-        self._path: bytes = scope.get("raw_path") or scope["path"].encode()
+        self._path = _path(scope)
         self._headers: Headers = tuple(scope["headers"])
         self._tx = Transaction(
             f"gd_{secrets.token_hex(12)}",
@@ -279,7 +295,7 @@ class _Exchange:
             self._headers, client=self._scope.get("client"), server=self._scope.get("server")
         )
         policy = runtime.policies.resolve(
-            path=self._scope["path"], tenant=who.tenant, api_key=who.api_key, peer_trusted=who.peer_trusted
+            path=self._path.decode("latin-1"), tenant=who.tenant, api_key=who.api_key, peer_trusted=who.peer_trusted
         )
         options = runtime.options.get(route.dialect.name, Options()) if route.dialect else Options()
         self._tx.routed(route.dialect, options, policy)
@@ -446,6 +462,13 @@ class _Exchange:
             headers.append((b"connection", b"close"))  # the rest of that body must not keep it open
         await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": reply.body})
+
+
+def _path(scope: Scope) -> bytes:
+    """The path as it came, below where the host has mounted us: Starlette takes the same off before it routes."""
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    root: bytes = scope.get("root_path", "").encode()
+    return path.removeprefix(root) if path.startswith(root + b"/") else path
 
 
 def _length(body: bytes) -> tuple[bytes, bytes]:

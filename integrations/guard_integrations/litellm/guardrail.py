@@ -80,7 +80,9 @@ class GuardMiddlewareGuardrail(CustomGuardrail):
 
     # -- before the call --
 
-    async def async_pre_call_hook(self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: Any) -> Any:
+    async def async_pre_call_hook(
+        self, user_api_key_dict: Any, cache: Any, data: dict[str, Any], call_type: Any
+    ) -> Any:
         """Judges the request and writes back what was judged."""
         self.asked += 1
         kind = str(getattr(call_type, "value", call_type))
@@ -133,7 +135,10 @@ class GuardMiddlewareGuardrail(CustomGuardrail):
         except Refused as answer:
             raise self._refusal(turn, answer, data) from None
         self.report.add(turn.record, data)
-        return response if released == value else wire.rebuild(response, released)
+        try:
+            return response if released == value else wire.rebuild(response, released)
+        except ValueError as error:
+            raise failed(self, error) from None
 
     async def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
@@ -150,7 +155,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):
                 yield item
         except Refused as answer:
             raise self._refusal(turn, answer, request_data) from None
-        except (StreamFailed, UpstreamError) as error:
+        except (StreamFailed, UpstreamError, ValueError) as error:
             raise failed(self, error) from None
         finally:
             await turn.close()

@@ -64,7 +64,11 @@ class McpResults(CustomGuardrail):  # type: ignore[misc]
 
 def _call(name: str, arguments: str) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
-    return {"role": "assistant", "content": None, "tool_calls": [{"id": "mcp", "type": "function", "function": function}]}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "mcp", "type": "function", "function": function}],
+    }
 
 
 async def _judge(guardrail: Any, messages: list[dict[str, Any]], data: dict[str, Any], caller: Caller) -> None:

@@ -45,8 +45,8 @@ def refused(guardrail: Any, turn: Turn, answer: Refused, data: dict[str, Any]) -
     return Refusal(guardrail, answer.status, error if isinstance(error, dict) else {}, answer.headers)
 
 
-def failed(guardrail: Any, error: StreamFailed | UpstreamError) -> Refusal:
-    """For a stream that broke after its beginning."""
+def failed(guardrail: Any, error: StreamFailed | UpstreamError | ValueError) -> Refusal:
+    """For a stream that broke after its beginning, or what LiteLLM's types do not take; never quotes it."""
     if isinstance(error, StreamFailed):
         status = error.error.get("status")
         return Refusal(guardrail, status if isinstance(status, int) else 502, error.error)

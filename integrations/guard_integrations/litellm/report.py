@@ -31,7 +31,9 @@ class Report:
             return
         try:
             if not record.calls:
-                self._entry(data, _refusal(record), _status(record.outcome, None), GuardrailEventHooks.pre_call, 0.0, {})
+                self._entry(
+                    data, _refusal(record), _status(record.outcome, None), GuardrailEventHooks.pre_call, 0.0, {}
+                )
             for call in record.calls:
                 self._decision(record, call, data)
         except Exception:

@@ -40,12 +40,11 @@ class Stream:
 
     async def incoming(self) -> AsyncIterator[bytes]:
         """LiteLLM's objects as bytes."""
-        encode = _typed if self._route is wire.RESPONSES else _plain
         try:
             async for item in self._response:
                 if self._first is None:
                     self._first = item
-                yield encode(item)
+                yield self._bytes(item)
         except UpstreamError:
             raise
         except Exception as error:
@@ -74,12 +73,21 @@ class Stream:
                     raise StreamFailed(error)
                 yield self._object(value)
 
+    def _bytes(self, item: Any) -> bytes:
+        if isinstance(item, bytes):
+            return item
+        if isinstance(item, str):
+            return item.encode() if item.startswith(("data:", "event:", ":")) else sse.encode(item)
+        value = wire.answer_value(item)
+        if not isinstance(value, dict):
+            raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, f"a {type(item).__name__} in a stream")
+        if self._route in (wire.CHAT, wire.COMPLETIONS):
+            return sse.encode(wire.encode(value))
+        return sse.encode(wire.encode(_begun(value)), str(value.get("type", "")))
+
     def _object(self, value: dict[str, Any]) -> Any:
         if self._route is wire.RESPONSES:
-            from litellm.llms.openai.responses.transformation import OpenAIResponsesAPIConfig
-
-            made = OpenAIResponsesAPIConfig.get_event_model_class(value.get("type", ""))
-            return made(**value)
+            return _event(value)
         if hasattr(self._first, "model_dump"):
             return wire.rebuild(self._first, value)
         from litellm.types.utils import ModelResponseStream
@@ -87,27 +95,29 @@ class Stream:
         return ModelResponseStream(**value)
 
 
-def _plain(item: Any) -> bytes:
-    if isinstance(item, bytes):
-        return item
-    if isinstance(item, str):
-        return item.encode() if item.startswith(("data:", "event:", ":")) else sse.encode(item)
-    value = wire.answer_value(item)
-    name = value.get("type", "") if isinstance(value, dict) else ""
-    return sse.encode(_json(value).decode(), name if isinstance(name, str) else "")
+def _begun(event: dict[str, Any]) -> dict[str, Any]:
+    """An event of a stream that LiteLLM made from a whole answer: what it says before its deltas is left to them."""
+    kind = event.get("type")
+    if kind == "response.output_item.added" and event["item"].get("status") == "completed":
+        empty: dict[str, Any] = {"content": [], "summary": [], "arguments": "", "status": "in_progress"}
+        item = event["item"]
+        return {**event, "item": {**item, **{name: value for name, value in empty.items() if name in item}}}
+    if kind == "response.content_part.added":
+        blank: dict[str, Any] = {"text": "", "refusal": "", "annotations": []}
+        part = event["part"]
+        return {**event, "part": {**part, **{name: value for name, value in blank.items() if name in part}}}
+    return event
 
 
-def _typed(item: Any) -> bytes:
-    if isinstance(item, bytes | str):
-        return _plain(item)
-    value = wire.answer_value(item)
-    return sse.encode(_json(value).decode(), str(value.get("type", "")))
+def _event(value: dict[str, Any]) -> Any:
+    """LiteLLM's event; its general one where its own class wants more than the API promises."""
+    from litellm.llms.openai.responses.transformation import OpenAIResponsesAPIConfig
+    from litellm.types.llms.openai import GenericEvent
 
-
-def _json(value: Any) -> bytes:
-    if not isinstance(value, dict):
-        raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, f"a {type(value).__name__} in a stream")
-    return wire.encode(value)
+    try:
+        return OpenAIResponsesAPIConfig.get_event_model_class(value.get("type", ""))(**value)
+    except ValueError:
+        return GenericEvent(**value)
 
 
 def _error(value: Any) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ _LITELLM = frozenset(
 )
 #: LiteLLM's own entries of a request that has no copy of the client's body (pass-through, SDK)
 _ENTRIES = frozenset({"litellm_logging_obj", "litellm_call_id", "metadata", "proxy_server_request", "secret_fields"})
+#: LiteLLM's bookkeeping in an answer that is a dictionary; the proxy leaves it out
+_HIDDEN = frozenset({"_hidden_params", "_response_headers"})
 #: never written back: LiteLLM routes by them, and the dialects do not change them
 _KEPT = frozenset({"metadata", "model", "stream"})
 
@@ -100,13 +102,15 @@ def answer_value(response: Any) -> Any:
     """One of LiteLLM's answers, chunks or events as the JSON value that its client would get; nulls are left out."""
     if hasattr(response, "model_dump"):
         return response.model_dump(mode="json", exclude_none=True, warnings=False)
+    if isinstance(response, dict):
+        return {name: value for name, value in response.items() if name not in _HIDDEN}
     return response
 
 
 def rebuild(response: Any, value: Mapping[str, Any]) -> Any:
     """An object of the type of ``response`` that says ``value``, with LiteLLM's bookkeeping of the first."""
     if isinstance(response, dict):
-        return type(response)(**value)
+        return type(response)(**value, **{name: response[name] for name in _HIDDEN if name in response})
     made = type(response)(**value)
     for name in ("_hidden_params", "_response_headers", "_response_ms"):
         if (kept := getattr(response, name, None)) is not None:

@@ -55,8 +55,8 @@ _SYSTEMS = (
 class Case:
     """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image.
 
-    A ``brief`` case has no reasoning. ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case that
-    has them ends at the decision.
+    A ``brief`` case has no reasoning. ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case
+    that has them ends at the decision.
     """
 
     conversation: Conversation
