@@ -15,10 +15,11 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+import httpx
 from litellm.integrations.custom_guardrail import CustomGuardrail
 from litellm.types.guardrails import GuardrailEventHooks
 
-from guard_integrations.litellm import mcp, report, selftest, settings, wire
+from guard_integrations.litellm import mcp, passthrough, report, selftest, settings, wire
 from guard_integrations.litellm.refusal import failed, not_served, refused
 from guard_integrations.litellm.streams import Stream, StreamFailed
 from guard_integrations.litellm.turn import Caller, Refused, Turn
@@ -48,7 +49,7 @@ _current: contextvars.ContextVar[Turn | str | None] = contextvars.ContextVar("gu
 _UNREAD = "unread"
 
 
-class GuardMiddlewareGuardrail(CustomGuardrail):
+class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
     """Loaded by ``guardrail: guard_integrations.litellm.GuardMiddlewareGuardrail``; see docs/litellm.md.
 
     Raises ``RuntimeError`` for a configuration that must not start.
@@ -105,6 +106,8 @@ class GuardMiddlewareGuardrail(CustomGuardrail):
         """The API of a request, or None where the operator lets it pass unread; raises ``Refusal``."""
         if kind in self.settings.unread or kind in _NO_CONTENT:
             return None
+        if kind == passthrough.CALL:
+            return passthrough.route_of(self, user_api_key_dict, data)
         route = wire.by_call(kind)
         if route is None:
             raise not_served(self, kind)
@@ -187,6 +190,8 @@ class GuardMiddlewareGuardrail(CustomGuardrail):
         turn = _current.get()
         if not isinstance(turn, Turn):
             return None
+        if isinstance(response, httpx.Response):
+            await passthrough.guard_answer(self, turn, response, data)
         return {
             name.decode("latin-1"): value.decode("latin-1")
             for name, value in turn.headers

@@ -32,7 +32,7 @@ class StreamFailed(Exception):
 
 
 class Stream:
-    """One streamed answer of ``route``. ``incoming`` feeds the guard, ``outgoing`` makes objects of what it released."""
+    """One streamed answer. ``incoming`` feeds the guard, ``outgoing`` makes objects of what it released."""
 
     def __init__(self, route: wire.Route, response: AsyncIterator[Any]) -> None:
         self._route, self._response = route, response

@@ -111,9 +111,11 @@ class Turn:
         await self.close()
         return wire.decode(released)
 
-    async def streamed(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def streamed(
+        self, chunks: AsyncIterator[bytes], *, status: int = 200, headers: Headers = EVENTS
+    ) -> AsyncIterator[bytes]:
         """The events that may be released; raises ``Refused`` before the first of them."""
-        answer = await self._exchange.answer(200, EVENTS, chunks)
+        answer = await self._exchange.answer(status, headers, chunks)
         if answer.status != 200:
             raise await self._refused(answer)
         self.headers = answer.headers
