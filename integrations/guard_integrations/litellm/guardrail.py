@@ -11,7 +11,9 @@ before anything of the answer is released.
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import logging
+import re
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -47,6 +49,8 @@ _HOOKS = [
 #: the turn of the request that this task serves; ``UNREAD`` where the operator lets it pass
 _current: contextvars.ContextVar[Turn | str | None] = contextvars.ContextVar("guard_litellm_turn", default=None)
 _UNREAD = "unread"
+#: a virtual key as LiteLLM keeps it
+_HASHED = re.compile(r"[0-9a-f]{64}")
 
 
 class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
@@ -223,12 +227,14 @@ def caller_of(user_api_key_dict: Any, data: Mapping[str, Any]) -> Caller:
         value = getattr(user_api_key_dict, name, None)
         return value if isinstance(value, str) and value else None
 
+    key = of("api_key") or ""
+    hashed = key if _HASHED.fullmatch(key) else hashlib.sha256(key.encode()).hexdigest() if key else ""
     named = [
         ("key", of("key_alias")),
-        ("key", of("api_key")),
+        ("key", hashed),
         ("team", of("team_alias")),
         ("team", of("team_id")),
         ("model", data.get("model") if isinstance(data.get("model"), str) else None),
     ]
     names = tuple(f"{kind}:{value}" for kind, value in named if value)
-    return Caller(of("api_key") or "", names, getattr(user_api_key_dict, "parent_otel_span", None))
+    return Caller(hashed, names, getattr(user_api_key_dict, "parent_otel_span", None))

@@ -1,0 +1,238 @@
+"""A real LiteLLM proxy with the guard, what it is connected to, and what was seen on both sides of it.
+
+    with Upstream() as upstream, scripted_worker(socket) as worker, Proxy(folder, config(upstream.url, ...)) as proxy:
+        response = proxy.post("/v1/chat/completions", {...})
+
+The proxy runs in an environment of its own (``.clients/litellm``), made once from ``requirements.txt``; where that
+cannot be made, ``python`` raises ``Missing``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import uvicorn
+import yaml
+
+from guard_middleware.scripted import Answer, Calls, ScriptedUpstream
+from tests.clients import environments
+from tests.support.gateway import eventually
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[2]
+FOLDER = environments.CACHE / "litellm"
+KEY = "sk-of-the-tests-0123456789abcdef"
+GOOD = "Bread needs an hour in the oven."
+BAD = "Sure. First, pick a lock with two bits of wire, then walk in."
+#: what a leak of ``BAD`` would show
+LEAK = "wire"
+HARM = "How do I pick a lock?"
+ANSWERS: Mapping[str, Answer] = {
+    "good": GOOD,
+    "bad": BAD,
+    "calls": Calls({"query": "how to pick a lock with wire"}, GOOD),
+}
+#: of the first start; later ones take half
+_STARTING = 120.0
+
+
+def python() -> Path:
+    """The interpreter of LiteLLM's environment, which is made anew when its requirements have changed."""
+    program, requirements = FOLDER / "bin" / "python", HERE / "requirements.txt"
+    if not environments._made(FOLDER, requirements):
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        environments._run([sys.executable, "-m", "venv", "--without-pip", str(FOLDER)])
+        pip = [sys.executable, "-m", "pip", "--python", str(program), "--disable-pip-version-check", "install"]
+        environments._run([*pip, "--quiet", "--no-deps", "--no-compile", "-r", str(requirements)])
+        environments._make(FOLDER, requirements)
+    return program
+
+
+class Upstream:
+    """The scripted upstream on a free port; ``bodies`` is all that reached it, by the model that was asked for."""
+
+    def __init__(self, answers: Mapping[str, Answer] = ANSWERS) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        scripted = ScriptedUpstream(answers)
+
+        async def recorded(scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] != "http":
+                return await scripted.app(scope, receive, send)
+            body = b""
+            more = True
+            while more:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+            self.bodies.append({"path": scope["path"], **_read(body)})
+            pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+            async def again() -> Any:
+                return pending.pop() if pending else await receive()
+
+            await scripted.app(scope, again, send)
+
+        self._server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_config=None, ws="none"))
+        self._thread = threading.Thread(target=self._server.run, name="upstream", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        eventually(lambda: self._server.started)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """What reached the upstream for one model."""
+        return [body for body in self.bodies if body.get("model") == name]
+
+
+def _read(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body or b"{}")
+    except ValueError:
+        return {"raw": body.decode("latin-1")}
+    return value if isinstance(value, dict) else {"raw": value}
+
+
+def models(upstream: str) -> list[dict[str, Any]]:
+    """``chat/NAME``, ``claude/NAME`` and ``text/NAME`` are the model NAME in the three shapes of an upstream."""
+    shapes = {
+        "chat/*": ("openai/*", f"{upstream}/v1"),
+        "claude/*": ("anthropic/*", upstream),
+        "text/*": ("text-completion-openai/*", f"{upstream}/v1"),
+    }
+    return [
+        {"model_name": name, "litellm_params": {"model": model, "api_base": base, "api_key": "k"}}
+        for name, (model, base) in shapes.items()
+    ]
+
+
+def guardrail(guard_config: Path, **params: Any) -> dict[str, Any]:
+    return {
+        "guardrail_name": "guard",
+        "litellm_params": {
+            "guardrail": "guard_integrations.litellm.GuardMiddlewareGuardrail",
+            "mode": ["pre_call", "post_call"],
+            "default_on": True,
+            "guard_config": str(guard_config),
+            **params,
+        },
+    }
+
+
+class Proxy:
+    """``litellm --config`` on a free port. ``log`` is the text of its output."""
+
+    def __init__(self, folder: Path, upstream: str, guardrails: list[dict[str, Any]] | None, **sections: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._log = folder, folder / "proxy.log"
+        (folder / "sink.py").write_text((HERE / "sink.py").read_text())
+        self.records_path = folder / "litellm.jsonl"
+        settings = {"num_retries": 0, "telemetry": False, "callbacks": ["sink.instance"]}
+        settings |= sections.pop("litellm_settings", {})
+        config: dict[str, Any] = {
+            "model_list": models(upstream),
+            "litellm_settings": settings,
+            "general_settings": {"master_key": KEY, **sections.pop("general_settings", {})},
+            **sections,
+        }
+        if guardrails is not None:
+            config["guardrails"] = guardrails
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        self.environment: dict[str, str] = {}
+
+    def start(self, port: int | None = None) -> Self:
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        environment = {
+            **environments.variables(),
+            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'integrations'}",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",
+            "SINK": str(self.records_path),
+            **self.environment,
+        }
+        environment.pop("DATABASE_URL", None)
+        argv = [str(python().with_name("litellm")), "--config", "config.yaml", "--host", "127.0.0.1"]
+        with self._log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [*argv, "--port", str(self.port), "--num_workers", "1"],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self) -> Self:
+        eventually(lambda: self.alive() or self.popen.poll() is not None, seconds=_STARTING)
+        assert self.popen.poll() is None, self.log[-4000:]
+        return self
+
+    def alive(self) -> bool:
+        time.sleep(0.1)
+        try:
+            return httpx.get(f"{self.url}/health/liveliness", trust_env=False, timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def __enter__(self) -> Self:
+        return self.start().wait()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.popen.poll() is None:
+            os.killpg(self.popen.pid, signal.SIGTERM)
+            try:
+                self.popen.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.popen.pid, signal.SIGKILL)
+                self.popen.wait()
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def post(self, path: str, body: Any, *, key: str = KEY, **options: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", **options.pop("headers", {})}
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60, trust_env=False, **options)
+
+    def get(self, path: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {KEY}"}
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=60, trust_env=False)
+
+    def records(self) -> list[dict[str, Any]]:
+        """LiteLLM's own logging records so far."""
+        text = self.records_path.read_text() if self.records_path.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
