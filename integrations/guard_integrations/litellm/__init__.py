@@ -10,7 +10,7 @@
 
 ``guardrail`` holds LiteLLM's hooks, ``turn`` one request as it goes through the guard, ``wire`` and ``streams`` the way
 between LiteLLM's objects and the bytes of the APIs, ``settings`` what is configured and the one ``Runtime`` of a
-process. What is allowed is decided in ``guard_middleware`` and nowhere here.
+process. What is allowed is decided in ``guard_middleware`` and nowhere here. ``sdk`` is for programs that call LiteLLM without its proxy.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
+    from guard_integrations.litellm.sdk import install, uninstall
 
-__all__ = ["GuardMiddlewareGuardrail"]
+__all__ = ["GuardMiddlewareGuardrail", "install", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
 
         return GuardMiddlewareGuardrail
+    if name in ("install", "uninstall"):
+        from guard_integrations.litellm import sdk
+
+        return getattr(sdk, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

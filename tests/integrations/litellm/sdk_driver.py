@@ -78,16 +78,15 @@ def router(url: str) -> Router:
     )
 
 
-def shown(*things: Any) -> list[Any]:
-    """All that a caller has of an answer, as JSON where it is an object of pydantic's."""
-    return [
-        thing.model_dump_json()
-        if hasattr(thing, "model_dump_json")
-        else thing.decode()
-        if isinstance(thing, bytes)
-        else str(thing)
-        for thing in things
-    ]
+def shown(*things: Any) -> list[str]:
+    """All that a caller has of an answer, as JSON."""
+    return [_shown(thing) for thing in things]
+
+
+def _shown(thing: Any) -> str:
+    if hasattr(thing, "model_dump_json"):
+        return str(thing.model_dump_json(warnings=False))
+    return thing.decode() if isinstance(thing, bytes) else json.dumps(thing, default=str)
 
 
 def all_of(stream: Any) -> list[Any]:
@@ -145,7 +144,6 @@ def calls(routing: Router) -> dict[str, Callable[[Job], Any]]:
         "acompletion(), imported before": later(ASYNC, Job.chat),
         "acompletion(stream=True)": later_streamed(litellm.acompletion, Job.chat),
         "batch_completion()": first,
-        "completion_with_retries()": sync(litellm.completion_with_retries, Job.chat, num_retries=2),
         "Router.completion()": sync(routing.completion, lambda job: job.of_router(messages=job.said)),
         "Router.completion(stream=True)": streamed(routing.completion, lambda job: job.of_router(messages=job.said)),
         "Router.acompletion()": later(routing.acompletion, lambda job: job.of_router(messages=job.said)),
@@ -158,7 +156,9 @@ def calls(routing: Router) -> dict[str, Callable[[Job], Any]]:
         ),
         "text_completion(stream=True)": streamed(litellm.text_completion, Job.text),
         "atext_completion()": later(litellm.atext_completion, Job.text),
-        "atext_completion(), positional": lambda job: _atext_positional(job),
+        "atext_completion(), positional": lambda job: awaited(
+            positional(litellm.atext_completion, "text-completion-openai", swapped=True)(job)
+        ),
         "atext_completion(stream=True)": later_streamed(litellm.atext_completion, Job.text),
         "Router.atext_completion()": later(
             routing.atext_completion, lambda job: job.of_router(kind="text", prompt=job.prompt)
@@ -195,13 +195,6 @@ def calls(routing: Router) -> dict[str, Callable[[Job], Any]]:
             routing.aanthropic_messages, lambda job: job.of_router(kind="claude", messages=job.said, max_tokens=512)
         ),
     }
-
-
-async def _atext_positional(job: Job) -> Any:
-    """``atext_completion`` itself takes the model first, and its prompt by name only."""
-    named = job.text()
-    model = named.pop("model")
-    return shown(await litellm.atext_completion(model, **named))
 
 
 async def do(call: Callable[[Job], Any], job: Job) -> dict[str, Any]:

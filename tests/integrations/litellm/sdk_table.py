@@ -15,7 +15,6 @@ CALLS: Final = {
     "acompletion(), imported before": "chat_completions",
     "acompletion(stream=True)": "chat_completions",
     "batch_completion()": "chat_completions",
-    "completion_with_retries()": "chat_completions",
     "Router.completion()": "chat_completions",
     "Router.completion(stream=True)": "chat_completions",
     "Router.acompletion()": "chat_completions",

@@ -87,9 +87,7 @@ class Application:
         given = {"mode": mode, "config": self.config(), "url": self.upstream.url, "options": MODES[mode], "jobs": jobs}
         results = self.run("sdk_driver.py", given)
         assert len(results) == len(jobs)
-        return {
-            (r["call"], r["case"]): Saw(r["shown"], r["error"], self.upstream.of(r["model"])) for r in results
-        }
+        return {(r["call"], r["case"]): Saw(r["shown"], r["error"], self.upstream.of(r["model"])) for r in results}
 
 
 @pytest.fixture(scope="session")
@@ -109,9 +107,7 @@ def played(application: Application) -> Callable[[str], dict[tuple[str, str], Sa
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_install_guards_a_call_on_both_sides(
-    played: Callable[[str], dict[tuple[str, str], Saw]], call: str
-) -> None:
+def test_install_guards_a_call_on_both_sides(played: Callable[[str], dict[tuple[str, str], Saw]], call: str) -> None:
     saw = played("install")
     allowed, prompt, answer = (saw[call, case] for case in CASES)
     assert allowed.error is None
