@@ -20,13 +20,15 @@ from guard_middleware.worker.weights import ModelFacts
 class GuardPrompt:
     """One prompt: ids with one ``<|image_pad|>`` per image, and each image's canonical bytes in the order of the pads.
 
-    ``max_new_tokens`` is the whole budget of the output, reasoning included.
+    ``max_new_tokens`` is the whole budget of the output, reasoning included. ``think`` false asks for the verdict
+    alone: the labels after an empty reasoning, for which an engine decodes no more than the labels.
     """
 
     ids: tuple[int, ...]
     images: tuple[bytes, ...]
     answered: bool
     max_new_tokens: int
+    think: bool = True
 
 
 @dataclass(frozen=True, slots=True)
