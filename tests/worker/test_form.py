@@ -95,6 +95,18 @@ def test_whatever_the_guard_prefers_its_quote_is_a_span_of_the_judged_text(
     assert not quote.startswith("ing") or judged[0] == IDS["ing"]
 
 
+def test_a_guard_may_have_a_form_without_reasoning() -> None:
+    label = {"decide": "request", "harmful": [" bad"], "unharmful": [" fine"]}
+    response = {"decide": "response", "harmful": ["unsafe"], "unharmful": ["safe"]}
+    form = Form({**STATED, "label_unanswered": [label], "label_answered": [label, response]}, TOKENIZER)
+    filling = form.start(JUDGED, answered=False, think=False)
+    assert TOKENIZER.decode([filling.choose(scored(**{"Ġbad": 2.0}))]) == " bad"
+    assert filling.complete
+    assert filling.scores["request"] > 0.5
+    assert form.judges_without_reasoning
+    assert not FORM.judges_without_reasoning
+
+
 def test_a_quote_ends_with_a_word() -> None:
     text, _ = fill(ids("Ġpick", "ing", "Ġa"), False, lambda _: scored(_pick=2.0, **{"ĠÂ».": 1.0}))
     assert "« picking »." in text
@@ -126,7 +138,8 @@ def changed(part: str, index: int, slot: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stated", "why"),
     [
-        ({"unanswered": []}, "two parts"),
+        ({"unanswered": []}, "has the parts"),
+        ({**STATED, "label_answered": STATED["answered"]}, "both or none"),
         (changed("unanswered", 0, None), "repeated before it is decided"),
         (changed("answered", 4, None), "must decide request and response"),
         (changed("unanswered", 1, {"one_of": ["two words"]}), "no token reads"),

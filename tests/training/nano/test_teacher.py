@@ -7,7 +7,7 @@ import pytest
 from guard_middleware.guard.parse import parse
 from guard_middleware.types import Label
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
-from guard_training.nano.teacher import Judged, Kind, external, joined, read_rationales, teach, topic
+from guard_training.nano.teacher import Judged, Kind, external, joined, label, read_rationales, teach, topic
 
 _ODDS = {"lock": 1.0, "pick": 2.0, "bread": -2.0, "sorry": -1.0}
 LEXICON = Lexicon(_ODDS, dict.fromkeys(_ODDS, 1.0))
@@ -23,6 +23,16 @@ def test_the_verdict_is_the_rows_labels_in_the_format_that_is_parsed(
     parsed = parse(joined(teach(judged, LEXICON)), answered=answer is not None)
     assert (parsed.request, parsed.response) == (request_label, response)
     assert ("risky" in parsed.reasoning) == (request_label == "harmful")
+
+
+@pytest.mark.parametrize("request_label", ["harmful", "unharmful"])
+@pytest.mark.parametrize("response", ["harmful", "unharmful", None])
+def test_the_verdict_without_reasoning_has_the_same_format(request_label: Label, response: Label | None) -> None:
+    answer = None if response is None else "some answer"
+    stretches = label(Judged("words", "the request", request_label, answer=answer, response=response))
+    parsed = parse(joined(stretches), answered=answer is not None)
+    assert (parsed.reasoning, parsed.request, parsed.response) == ("", request_label, response)
+    assert stretches[0].kind is Kind.UNKNOWN
 
 
 def test_a_step_quotes_the_words_that_weigh_most() -> None:
