@@ -1,10 +1,10 @@
 """Dynamic batching of guard questions onto an engine that runs one batch at a time.
 
 A bounded queue (prompts and tokens) feeds batches of at most ``max_batch``. A batch is formed greedily
-whenever the engine becomes free, nearest deadline first, so an idle worker answers at once and a busy one
-fills its batches by itself; no timer waits for company. Prompts that nobody waits for any more (deadline
-over, caller gone) leave the queue unrun, and in a running batch are flagged, so that the engine drops them
-at its next step.
+whenever the engine becomes free, lowest priority number first and among equals nearest deadline, so an idle
+worker answers at once and a busy one fills its batches by itself; no timer waits for company. Prompts that
+nobody waits for any more (deadline over, caller gone) leave the queue unrun, and in a running batch are
+flagged, so that the engine drops them at its next step.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class _Job(Generic[P, R]):
     deadline: float
     future: asyncio.Future[R | GuardError]
     queued_at: float
+    priority: int = 0
     started_at: float | None = None
     abandoned: bool = field(default=False)  # written by the loop, read by the engine thread
 
@@ -126,9 +127,10 @@ class Batcher(Generic[P, R]):
                 job.future.set_result(GuardError(GuardErrorKind.UNAVAILABLE, "the worker is stopping"))
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def submit(self, prompts: Sequence[tuple[P, int]], deadline: float) -> list[Ran[R]]:
+    async def submit(self, prompts: Sequence[tuple[P, int]], deadline: float, priority: int = 0) -> list[Ran[R]]:
         """What came of ``prompts`` ((prompt, tokens) pairs), in order, no later than ``deadline`` (loop time).
 
+        A lower ``priority`` leaves the queue first, and among equals the nearer deadline.
         All are admitted, or ``GuardError(overloaded)`` is raised, with a ``retry_after`` measured from the recent
         service rate. A prompt that is not done at the deadline is a ``timeout``. Cancelling the caller abandons its
         prompts.
@@ -136,7 +138,7 @@ class Batcher(Generic[P, R]):
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._admit(len(prompts), sum(tokens for _, tokens in prompts))
-        jobs = [_Job(prompt, tokens, deadline, loop.create_future(), now) for prompt, tokens in prompts]
+        jobs = [_Job(prompt, tokens, deadline, loop.create_future(), now, priority) for prompt, tokens in prompts]
         for job in jobs:
             self._waiting[job] = None
             self._queued_tokens += job.tokens
@@ -153,11 +155,8 @@ class Batcher(Generic[P, R]):
         if not self._waiting:  # else a request larger than the queue could never run
             return
         if self.queued + prompts > self._limits.queue or self._queued_tokens + tokens > self._limits.queue_tokens:
-            raise GuardError(GuardErrorKind.OVERLOADED, "the guard's queue is full", retry_after=self._drain_seconds())
-
-    def _drain_seconds(self) -> float:
-        per_prompt = 1.0 if self._seconds_per_prompt is None else self._seconds_per_prompt
-        return round(min(max((self.queued + self.running) * per_prompt, _RETRY_MIN), _RETRY_MAX), 3)
+            seconds = drain_seconds(self._seconds_per_prompt, self.queued + self.running)
+            raise GuardError(GuardErrorKind.OVERLOADED, "the guard's queue is full", retry_after=seconds)
 
     def _abandon(self, job: _Job[P, R]) -> None:
         """Nobody waits for ``job`` any more."""
@@ -174,7 +173,7 @@ class Batcher(Generic[P, R]):
 
     def _next_batch(self, now: float) -> list[_Job[P, R]]:
         live = [job for job in self._waiting if job.deadline > now]  # a late one is answered by its submitter's timer
-        batch = heapq.nsmallest(self._limits.batch, live, key=lambda job: job.deadline)
+        batch = heapq.nsmallest(self._limits.batch, live, key=lambda job: (job.priority, job.deadline))
         for job in batch:
             job.started_at = now
             self._leave_queue(job)
@@ -211,12 +210,10 @@ class Batcher(Generic[P, R]):
             results = [error] * len(batch)
         for job, result in zip(batch, results, strict=True):
             if not job.future.done():
-                job.future.set_result(_as_guard_error(result) if isinstance(result, BaseException) else result)
+                job.future.set_result(as_guard_error(result) if isinstance(result, BaseException) else result)
 
     def _measure(self, size: int, seconds: float) -> None:
-        per_prompt = seconds / size
-        old = self._seconds_per_prompt
-        self._seconds_per_prompt = per_prompt if old is None else old + _SMOOTHING * (per_prompt - old)
+        self._seconds_per_prompt = smoothed(self._seconds_per_prompt, seconds / size)
         self._on_batch(size, seconds)
 
 
@@ -231,7 +228,18 @@ def _ran(job: _Job[P, R], done: float) -> Ran[R]:
     return Ran(result, started - job.queued_at, done - started)
 
 
-def _as_guard_error(error: BaseException) -> GuardError:
+def smoothed(old: float | None, new: float) -> float:
+    """A running mean of service times that forgets; ``old`` None is the beginning."""
+    return new if old is None else old + _SMOOTHING * (new - old)
+
+
+def drain_seconds(per_prompt: float | None, prompts: int) -> float:
+    """``retry_after`` for ``prompts`` ahead at the measured seconds each, or a second where nothing was measured."""
+    return round(min(max(prompts * (1.0 if per_prompt is None else per_prompt), _RETRY_MIN), _RETRY_MAX), 3)
+
+
+def as_guard_error(error: BaseException) -> GuardError:
+    """What came of a prompt on which the engine raised."""
     if isinstance(error, GuardError):
         return error
     return GuardError(GuardErrorKind.INTERNAL, f"the engine failed ({type(error).__name__})")

@@ -2,14 +2,14 @@
 
 A prompt is token ids, never text, so that an engine cannot make control tokens out of what a user wrote. Two kinds
 of engine fit behind it. One that batches by itself (vLLM) implements ``Engine``. One that runs a batch at a time on
-one thread (transformers) implements ``BatchEngine``, and the scheduler makes an ``Engine`` of it.
+one thread (transformers) implements ``BatchEngine``. ``continuous.runner`` knows how each is fed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from guard_middleware.errors import GuardError
 from guard_middleware.guard.prompt import PromptEncoder
@@ -37,7 +37,8 @@ class Generation:
 
     ``prompt_tokens`` counts image tokens; ``reasoning_tokens`` is the share of ``completion_tokens`` up to and
     including ``</think>``. A score is the probability of *harmful* against *unharmful* where that label was written,
-    None where it was not. ``finish`` is ``length`` when the budget ended first.
+    None where it was not. ``finish`` is ``length`` when the budget ended first. ``queue_seconds`` is the wait inside an
+    engine that has a queue of its own.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Generation:
     request_score: float | None
     response_score: float | None
     finish: Literal["stop", "length"]
+    queue_seconds: float = 0.0
 
 
 class Model(Protocol):
@@ -66,13 +68,19 @@ class Model(Protocol):
 class Engine(Model, Protocol):
     """Continuous: many ``generate`` calls at once, each of which may be cancelled as an asyncio task."""
 
-    async def generate(self, id: str, prompt: GuardPrompt) -> Generation:
-        """Raises ``GuardError``. A cancelled task frees the prompt's place at once."""
+    @property
+    def dead(self) -> bool:
+        """Nothing will ever come of it again; the process should end."""
+        ...
+
+    async def generate(self, id: str, prompt: GuardPrompt, priority: int = 0) -> Generation:
+        """Raises ``GuardError``. A lower ``priority`` goes first. A cancelled task frees the prompt's place at once."""
         ...
 
     async def close(self) -> None: ...
 
 
+@runtime_checkable
 class BatchEngine(Model, Protocol):
     """One batch at a time, blocking; called from one thread."""
 

@@ -1,7 +1,7 @@
 """From a question to a verdict: read drawn text, plan the prompts, have them run, read the outputs, merge them.
 
 What blocks runs on threads: reading on two of its own (the reader takes one image at a time, and a cached image need
-not wait for it), planning (tokenising, image headers) on a small pool, the engine on the batcher's.
+not wait for it), planning (tokenising, image headers) on a small pool, the engine on the runner's.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Protocol
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.prompt import render
-from guard_middleware.types import Blob, Conversation, Message, Text, Verdict
+from guard_middleware.types import Blob, Conversation, Message, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
-from guard_middleware.worker.batching import Batcher, BatchLimits
-from guard_middleware.worker.engine import BatchEngine, Generation, GuardPrompt
+from guard_middleware.worker.batching import BatchLimits
+from guard_middleware.worker.continuous import runner
+from guard_middleware.worker.engine import BatchEngine, Engine, Generation, GuardPrompt
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.windows import Judgement, check_characters, judge, merge, plan
 
 logger = logging.getLogger(__name__)
 
 _WARM_UP_SECONDS = 300.0
+#: A user waits for the check of an input before anything happens at all; windows of an output come while they read.
+_PRIORITY: Mapping[Source, int] = {"input": 0, "output": 1}
 
 
 class Reader(Protocol):
@@ -43,12 +46,15 @@ class ServiceLimits:
 
 
 class GuardService:
-    """``app.Guard`` on a batch engine. ``read_by_default`` holds for questions that do not say; with no ``reader``
-    it must be false, and a question that asks for reading is ``GuardError(reader)``."""
+    """``app.Guard`` on an engine of either kind; make it on the loop that uses it.
+
+    ``read_by_default`` holds for questions that do not say; with no ``reader`` it must be false, and a question that
+    asks for reading is ``GuardError(reader)``.
+    """
 
     def __init__(
         self,
-        engine: BatchEngine,
+        engine: BatchEngine | Engine,
         metrics: Metrics,
         *,
         reader: Reader | None = None,
@@ -59,10 +65,7 @@ class GuardService:
             raise ValueError("reading by default needs a reader")
         self._engine, self._reader, self._read_by_default = engine, reader, read_by_default
         self._limits = limits or ServiceLimits()
-        self._batcher: Batcher[GuardPrompt, Generation] = Batcher(
-            engine.generate_batch, self._limits.batching, on_batch=metrics.batch
-        )
-        self._batcher.start()
+        self._runner = runner(engine, self._limits.batching, metrics)
         self._reading = 0
         self._read_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-reader")
         self._plan_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-plan")
@@ -88,7 +91,7 @@ class GuardService:
         read = loop.time()
         prompts = await loop.run_in_executor(self._plan_pool, self._plan, conversation, drawn)
         planned = loop.time()
-        ran = await self._batcher.submit(prompts, deadline)
+        ran = await self._runner.submit(prompts, deadline, _PRIORITY[request.source])
         outcomes = [
             one.result if isinstance(one.result, GuardError) else _judge(prompt, one.result)
             for (prompt, _), one in zip(prompts, ran, strict=True)
@@ -125,17 +128,17 @@ class GuardService:
 
     def gauges(self) -> Mapping[str, float]:
         return {
-            "queue_depth": self._batcher.queued,
-            "queue_tokens": self._batcher.queued_tokens,
-            "running": self._batcher.running,
+            "queue_depth": self._runner.queued,
+            "queue_tokens": self._runner.queued_tokens,
+            "running": self._runner.running,
             "reading": self._reading,
         }
 
     def stalled(self) -> float:
-        return self._batcher.stalled(asyncio.get_running_loop().time())
+        return self._runner.stalled(asyncio.get_running_loop().time())
 
     async def aclose(self) -> None:
-        await self._batcher.aclose()
+        await self._runner.aclose()
         for pool in (self._read_pool, self._plan_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
