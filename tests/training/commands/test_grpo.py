@@ -6,32 +6,16 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from guard_training.commands import grpo
 from guard_training.tuning.settings import RecipeError
-from tests.tiny_model import make_folder
 
 QUIET = dict(identical_max=2, distinct_ratio=0, format_min=-1, length_ratio=99, truncated_max=2, gap_growth=9)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
 
 
 @pytest.fixture

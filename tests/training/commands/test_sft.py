@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -14,20 +12,6 @@ from guard_training.commands import sft
 from guard_training.corpus.rows import Row, row_to_json
 from guard_training.tuning.contract import load_contract
 from guard_training.tuning.settings import RecipeError
-from tests.tiny_model import make_folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
 
 
 @pytest.fixture

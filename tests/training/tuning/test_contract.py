@@ -27,17 +27,7 @@ from guard_training.tuning.contract import (
     processor,
     target,
 )
-from tests.tiny_model import PLAIN_ADDED, SPECIAL, make_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
-
-
-@pytest.fixture(scope="module")
-def contract(folder: Path) -> Contract:
-    return load_contract(str(folder))
+from tests.tiny_model import PLAIN_ADDED, SPECIAL
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,30 +23,11 @@ from guard_training.tuning.reward import Shape
 from guard_training.tuning.rollout import RowProcessor, collapse, question
 from guard_training.tuning.scoring import SafetyReward
 from guard_training.tuning.settings import LoraSettings, RecipeError, read_settings, recipe_path
-from tests.tiny_model import make_folder
 
 #: The random guard has no form to keep, so nothing here may ring by itself.
 QUIET = Limits(
     identical_max=2, distinct_ratio=0, format_min=-1, length_ratio=99, truncated_max=2, gap_growth=9, drift_max=9
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
-
-
-@pytest.fixture(scope="module")
-def contract(folder: Path) -> Contract:
-    return load_contract(str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,8 @@ from guard_training.tuning import run, sft
 from guard_training.tuning.contract import Contract, load_contract, load_model
 from guard_training.tuning.settings import LoraSettings, RecipeError, SftSettings
 from guard_training.tuning.sft import IGNORED, Collator, GuardSFTTrainer, encode_rows, to_dataset, train
-from tests.tiny_model import make_folder
 
 ADAPTERS = LoraSettings(4, 8, 0.0, ["q_proj", "v_proj", "gate_proj"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
-
-
-@pytest.fixture(scope="module")
-def contract(folder: Path) -> Contract:
-    return load_contract(str(folder))
 
 
 @pytest.fixture(scope="module")

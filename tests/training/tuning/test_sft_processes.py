@@ -16,7 +16,6 @@ from PIL import Image
 
 from guard_training.corpus.rows import Row, row_to_json
 from guard_training.tuning.contract import load_model
-from tests.tiny_model import make_folder
 
 pytestmark = pytest.mark.slow
 
@@ -63,11 +62,6 @@ dist.barrier()
 print("done", rank, float(loss.detach()))
 dist.destroy_process_group()
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
 
 
 def _launch(*arguments: object, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,22 +21,8 @@ from guard_training.tuning.settings import SftSettings, read_settings, recipe_pa
 from guard_training.update.corrections import Lesson, whole
 from guard_training.update.lessons import write_lessons
 from guard_training.update.train import LESSONS, chat_contract, read_stage, train_lessons, write_stage
-from tests.tiny_model import make_folder
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("guard") / "model")
 
 
 @pytest.fixture

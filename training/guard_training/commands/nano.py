@@ -51,13 +51,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> None:
     from guard_middleware.guard.reader import Reader
-    from guard_training.nano.cpu import keep_memory
     from guard_training.nano.pipeline import train_nano
     from guard_training.nano.recipe import default_recipe, read_recipe
     from guard_training.nano.teacher import read_rationales
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    keep_memory()
     recipe = read_recipe(given.recipe or default_recipe())
     rationales = read_rationales(given.rationales) if given.rationales else {}
     folder = train_nano(

@@ -26,8 +26,10 @@ def keep_memory() -> None:
     more than the arithmetic on it. Does nothing with another C library."""
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is not None:
+        libc.malloc_trim(0)  # what was freed until now is not kept
         mallopt(_MMAP_THRESHOLD, _KEPT)
         mallopt(_TRIM_THRESHOLD, 2 * _KEPT - 1)
         mallopt(_TOP_PAD, _KEPT >> 2)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from datasets import Dataset
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -24,6 +25,7 @@ from guard_training.corpus.leakage import Leak, find_leaks
 from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
 from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
+from guard_training.nano.cpu import keep_memory
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.encoder import Embeddings
 from guard_training.nano.export import export, shape, write_held_out
@@ -299,8 +301,9 @@ def train_nano(
         for stage in stages(recipe):
             cases = make_cases(rows, pictures, drawn, pool, stage)
             encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
-            staged.append(in_batches(encoded, stage.batch, stage.seed))
+            staged.append(to_dataset(in_batches(encoded, stage.batch, stage.seed)))
     model = make_model(rows, tokenizer, words, recipe)
+    keep_memory()
     for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):
         trainer = _train(model, tokenizer, examples, stage, pool, output / f"checkpoints-{number}", stop_after)
         model = trainer.model
@@ -358,7 +361,7 @@ def _decisions(tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, int]]:
 def _train(
     model: Qwen2_5_VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[Example],
+    examples: Dataset,
     recipe: Recipe,
     pool: Pool,
     checkpoints: Path,
@@ -378,7 +381,7 @@ def _train(
             save_every=recipe.save_every,
             seed=recipe.seed,
         ),
-        train_dataset=to_dataset(examples),
+        train_dataset=examples,
         processing_class=tokenizer,
         data_collator=Collator(image_processor(shape(recipe)), encoder.image_pad, tokenizer.pad_token_id),
         vocabulary=Vocabulary(

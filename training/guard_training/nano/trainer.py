@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
@@ -32,6 +32,16 @@ from guard_training.nano.teacher import Kind, Stretch
 from guard_training.tuning.run import ResumingTrainer
 
 IGNORED = -100
+_COLUMNS = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "loss_weights": List(Value("float32")),
+        "picture": Value("string"),
+        "chance": Value("float32"),
+        "meaning": Value("int32"),
+    }
+)
 #: the linear map to the encoder's embeddings, beside a checkpoint's weights
 _MAP = "map.pt"
 
@@ -102,7 +112,8 @@ def to_dataset(examples: Sequence[Example]) -> Dataset:
             "picture": [e.picture or "" for e in examples],
             "chance": [-1.0 if e.chance is None else e.chance for e in examples],
             "meaning": [-1 if e.meaning is None else e.meaning for e in examples],
-        }
+        },
+        features=_COLUMNS,
     )
 
 
