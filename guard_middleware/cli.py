@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from guard_middleware import __version__, check, config, proxy
+from guard_middleware import __version__, cases, check, config, proxy
 from guard_middleware.errors import ConfigError, GuardError, GuardMiddlewareError
 from guard_middleware.policy import PolicySet, explain
 
@@ -139,16 +139,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
         async def judge_one() -> Any:
             async with check.worker(arguments.model, **options) as client:
-                return await check.judge(client, row, base=Path(), deadline=arguments.deadline)
+                return await cases.judge(client, row, base=Path(), deadline=arguments.deadline)
 
         outcome = asyncio.run(judge_one())
         check.show(Console(), outcome)
         return int(isinstance(outcome, GuardError))
     if arguments.file == "-":
-        rows, base = list(check.rows(sys.stdin.buffer, "-")), Path()
+        rows, base = list(cases.rows(sys.stdin.buffer, "-")), Path()
     else:
         with open(arguments.file, "rb") as lines:
-            rows, base = list(check.rows(lines, arguments.file)), Path(arguments.file).parent
+            rows, base = list(cases.rows(lines, arguments.file)), Path(arguments.file).parent
     errors = asyncio.run(
         check.check_rows(rows, sys.stdout, base=base, model=arguments.model, deadline=arguments.deadline, **options)
     )

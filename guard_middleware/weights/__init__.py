@@ -1,0 +1,1 @@
+"""Weights that change while requests are served: revisions, the state file, golden set, shadow, promotion."""
