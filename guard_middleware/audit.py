@@ -167,6 +167,16 @@ class AuditLog:
             "error": decision.error,
             "seconds": call.seconds,
             "verdict": None if decision.verdict is None else self._verdict(decision.verdict),
+            "opinions": [
+                {
+                    "guard": opinion.guard,
+                    "error": opinion.error,
+                    "began": opinion.began,
+                    "seconds": opinion.seconds,
+                    "verdict": None if opinion.verdict is None else self._verdict(opinion.verdict),
+                }
+                for opinion in call.opinions
+            ],
         }
 
     def _verdict(self, verdict: Verdict) -> dict[str, Any]:
@@ -183,6 +193,8 @@ class AuditLog:
             "tokens": {"prompt": usage.prompt, "completion": usage.completion, "reasoning": usage.reasoning},
             "drawn_text_chars": [len(text) for text in verdict.drawn_text],
             "timings": dict(verdict.timings),
+            "mode": verdict.judging.mode,
+            "thought": verdict.thought,
             "cached": verdict.cached,
             "left_out": dict(verdict.left_out),
         }

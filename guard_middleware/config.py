@@ -51,12 +51,41 @@ from guard_middleware.configtypes import (
 )
 from guard_middleware.errors import ConfigError
 from guard_middleware.limits import Limits
+from guard_middleware.types import Judging, Mode, Source
 
 BUILT_IN_POLICY = "default"
+#: the name of the guard that the section ``worker`` describes
+DEFAULT_GUARD = "worker"
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Ensemble(Section):
+    """Several guards that judge together (``guard_middleware.ensemble``); one alone picks that guard."""
+
+    rule: Literal["any", "all", "first_confident"] = Field(
+        description="any, all or first_confident: who of them has to find harm"
+    )
+    of: tuple[Name, ...] = Field(
+        min_length=1, description="a list of names out of `guards`, and `worker`, such as [worker, large]"
+    )
+    confident: tuple[float, float] | None = Field(
+        default=None, description="first_confident only: two scores from 0 to 1, the lower first, such as [0.1, 0.9]"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if len(set(self.of)) < len(self.of):
+            raise refuse("a guard that is named twice", "name each once", "of")
+        if (self.rule == "first_confident") != (self.confident is not None):
+            if self.confident is None:
+                raise refuse("first_confident trusts some scores: say which", "write confident: [0.1, 0.9]", "rule")
+            raise refuse(f"`confident` has no effect beside rule: {self.rule}", "remove it", "confident")
+        if self.confident is not None and not 0.0 <= self.confident[0] < self.confident[1] <= 1.0:
+            raise refuse("no range of scores", "write [0.1, 0.9], the lower score first", "confident")
+        return self
 
 
 class SourcePolicy(Section):
@@ -84,12 +113,52 @@ class SourcePolicy(Section):
         default=None,
         description="true or false: whether text drawn in images is read; left out, the model's own default",
     )
+    mode: Mode = Field(
+        default="reason",
+        description="reason (think, then judge), label (judge at once) or hybrid (think where think_between says)",
+    )
+    think_between: tuple[float, float] | None = Field(
+        default=None, description="hybrid only: two scores from 0 to 1, the lower first, such as [0.1, 0.9]"
+    )
+
+    ensemble: Ensemble | None = Field(
+        default=None, description="a mapping, such as {rule: any, of: [worker, large]}; left out, `worker` judges"
+    )
+
+    @property
+    def judging(self) -> Judging:
+        return Judging(self.mode, *(self.think_between or ()))
 
     @model_validator(mode="after")
     def _no_dead_keys(self) -> Self:
         for key in sorted(self.model_fields_set - {"moderate"}):
             if not self.moderate:
                 raise refuse(f"`{key}` has no effect beside moderate: false", f"remove {key}, or moderate: false", key)
+        if self.mode == "label" and self.show_reasoning:
+            raise refuse("`show_reasoning` has no effect in mode label: there is none", "remove it", "show_reasoning")
+        return self
+
+    @model_validator(mode="after")
+    def _confident_on_both_sides(self) -> Self:
+        if self.ensemble is not None and self.ensemble.confident is not None:
+            low, high = self.ensemble.confident
+            if not low < self.threshold <= high:
+                raise refuse(
+                    f"confident scores that leave the threshold ({self.threshold:g}) on one side",
+                    "write two scores with the threshold between them",
+                    "ensemble",
+                    "confident",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _thinks_somewhere(self) -> Self:
+        if (self.mode == "hybrid") != (self.think_between is not None):
+            if self.mode == "hybrid":
+                raise refuse("hybrid thinks about some scores: say which", "write think_between: [0.1, 0.9]", "mode")
+            raise refuse(f"`think_between` has no effect in mode {self.mode}", "remove it", "think_between")
+        if self.think_between is not None and not 0.0 <= self.think_between[0] < self.think_between[1] <= 1.0:
+            raise refuse("no range of scores", "write [0.1, 0.9], the lower score first", "think_between")
         return self
 
 
@@ -427,6 +496,9 @@ class Config(Section):
     version: Literal[1] = Field(default=1, description="1, the only version of this file so far")
     upstream: Upstream = Field(default=Upstream(), description="a mapping, such as {url: http://127.0.0.1:8000/v1}")
     worker: Worker = Field(default=Worker(), description="a mapping, such as {model: nano}")
+    guards: Mapping[Name, Worker] = Field(
+        default={}, description="name: {model, socket, url, ...}, as in `worker`; names are letters, digits, - _ and ."
+    )
     limits: Annotated[Limits, _AsLimits] = Field(default=Limits(), description="a mapping, such as {body_bytes: 20MB}")
     images: Images = Field(default=Images(), description="a mapping, such as {fetch: false}")
     dialects: Dialects = Field(
@@ -471,6 +543,47 @@ class Config(Section):
             if name not in self.policies:
                 raise refuse(f"the policy `{name[:80]}` is not defined", _choose(name, self.policies), *at)
         return self
+
+    @model_validator(mode="after")
+    def _guards_named(self) -> Self:
+        if DEFAULT_GUARD in self.guards:
+            raise refuse(
+                f"`{DEFAULT_GUARD}` is the name of the guard in the section `worker`",
+                "choose another name",
+                "guards",
+                DEFAULT_GUARD,
+            )
+        named = set()
+        for policy, which, rules in self._sources():
+            for index, name in enumerate(rules.ensemble.of if rules.ensemble is not None else ()):
+                named.add(name)
+                if name != DEFAULT_GUARD and name not in self.guards:
+                    at = ("policies", policy, which, "ensemble", "of", index)
+                    raise refuse(
+                        f"the guard `{name}` is not defined", _choose(name, [DEFAULT_GUARD, *self.guards]), *at
+                    )
+        for name in self.guards:
+            if name not in named:
+                raise refuse(
+                    f"no policy asks the guard `{name}`", "name it in an ensemble, or remove it", "guards", name
+                )
+        return self
+
+    def guards_in_use(self) -> Mapping[str, Worker]:
+        """Name -> where it is, of every guard that a request's policy may ask."""
+        applied = {self.default_policy}
+        applied |= {rule.policy for rule in self.routes} | {rule.policy for rule in self.tenants.match}
+        asked: set[str] = set()
+        for policy, _, rules in self._sources():
+            if policy in applied:
+                asked |= set(rules.ensemble.of) if rules.ensemble is not None else {DEFAULT_GUARD}
+        places = {DEFAULT_GUARD: self.worker, **self.guards}
+        return {name: place for name, place in places.items() if name in asked}
+
+    def _sources(self) -> Iterable[tuple[str, Source, SourcePolicy]]:
+        for name, policy in self.policies.items():
+            yield name, "input", policy.input
+            yield name, "output", policy.output
 
     def with_upstream(self, url: str) -> Config:
         """This configuration with another upstream (``--upstream``); raises ``ConfigError``."""

@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from guard_middleware.types import Opinion
 
 
 class GuardMiddlewareError(Exception):
@@ -30,16 +34,26 @@ class GuardErrorKind(StrEnum):
     TOO_LONG = "too_long"  # the content exceeds what the guard may be asked to read
     MEDIA = "media"  # an image that the guard could not decode
     READER = "reader"  # the reader of drawn text failed or ran out of time
+    UNSUPPORTED = "unsupported"  # this guard cannot judge in the mode that was asked for
     INTERNAL = "internal"  # a defect; its traceback is in the worker's log
 
 
 class GuardError(GuardMiddlewareError):
-    """The guard gave no verdict. ``retry_after`` (seconds) is set where trying again may help."""
+    """The guard gave no verdict. ``retry_after`` (seconds) is set where trying again may help; ``opinions`` are the
+    members' own where an ensemble was asked."""
 
-    def __init__(self, kind: GuardErrorKind | str, message: str = "", *, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        kind: GuardErrorKind | str,
+        message: str = "",
+        *,
+        retry_after: float | None = None,
+        opinions: tuple[Opinion, ...] = (),
+    ) -> None:
         self.kind = GuardErrorKind(kind)
         self.message = message or self.kind.value
         self.retry_after = retry_after
+        self.opinions = opinions
         super().__init__(f"{self.kind.value}: {self.message}")
 
 

@@ -186,7 +186,7 @@ class _Exchange:
             record = tx.record(() if self._first_byte is None else ((HOLD_BACK, self._held_for),))
             self._runtime.audit.write(record, trace_id=self._span.trace_id)
             self._span.finish(record)
-            self._runtime.caches.guard.settled(record)
+            self._runtime.caches.settled(record)
 
     def _do(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -377,8 +377,10 @@ class _Exchange:
     async def _ask(self, call: Call) -> list[Command]:
         span = self._span.guard_call(call.source, call.choice)
         started = time.perf_counter()
-        outcome = await self._runtime.guard.moderate(
-            ModerationRequest(call.id, call.conversation, call.source, call.deadline, call.reader, span.traceparent)
+        outcome = await self._runtime.guard(call.rules).moderate(
+            ModerationRequest(
+                call.id, call.conversation, call.source, call.deadline, call.reader, span.traceparent, call.judging
+            )
         )
         judged = Judged(call, outcome, time.perf_counter() - started)
         try:

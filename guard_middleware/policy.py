@@ -21,7 +21,7 @@ from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, Requ
 from guard_middleware.types import Action, Basis, Decision, Source, Verdict
 
 #: errors that content causes, and so whoever writes it can cause at will
-_PROVOKED = (GuardErrorKind.TOO_LONG, GuardErrorKind.MEDIA)
+PROVOKED = (GuardErrorKind.TOO_LONG, GuardErrorKind.MEDIA)
 
 Rule = Literal["tenant", "api_key", "route", "default"]
 
@@ -160,7 +160,7 @@ class PolicySet:
 
 def digest(policy: Policy) -> str:
     """SHA-256 in hex over the policy's canonical JSON; the same for every way of writing the same policy."""
-    canonical = json.dumps({"version": 1, **policy.model_dump()}, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps({"version": 2, **policy.model_dump()}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
@@ -173,15 +173,15 @@ def decide(policy: EffectivePolicy, source: Source, outcome: Verdict | GuardErro
     """
     rules = policy.source(source)
     if isinstance(outcome, Verdict):
-        risk = _risk(outcome, source)
-        if risk is not None:
+        score = risk(outcome, source)
+        if score is not None:
             would = action = Action.ALLOW
-            if risk >= rules.threshold:
+            if score >= rules.threshold:
                 would = Action.ANNOTATE if rules.on_harmful == "annotate" else Action.BLOCK
                 action = Action.ALLOW if rules.on_harmful == "shadow" else would
             return _decision(policy, source, decision_id, action, would, Basis.VERDICT, outcome, None)
         outcome = GuardError(GuardErrorKind.UNPARSEABLE, f"the verdict does not judge the {source}")
-    provoked = outcome.kind in _PROVOKED and rules.on_harmful == "block"
+    provoked = outcome.kind in PROVOKED and rules.on_harmful == "block"
     action = {
         "block": Action.BLOCK,
         "annotate_unscreened": Action.ANNOTATE,
@@ -195,7 +195,7 @@ def is_bypass(decision: Decision) -> bool:
     return decision.basis is not Basis.VERDICT and decision.action is not Action.BLOCK
 
 
-def _risk(verdict: Verdict, source: Source) -> float | None:
+def risk(verdict: Verdict, source: Source) -> float | None:
     """The probability of harm that is held against the threshold.
 
     Label and score come from the same token and agree at 0.5; where they do not, the worse of the two counts.
@@ -292,13 +292,34 @@ def _source_rows(policy: EffectivePolicy, source: Source, what: str) -> Iterable
     harmful = _HARMFUL.get(rules.on_harmful) or _BLOCKED[source, policy.block_style]
     reader = {None: "as the guard model's default says", True: "yes", False: "no"}[rules.reader]
     yield source, f"harmful (score {rules.threshold:g} or more): {harmful}"
+    yield from _judges(rules)
     yield "", f"guard error or no verdict in {rules.deadline:g} s: {_ERROR[rules.on_error]}"
+    yield "", f"the guard thinks: {_thinks(rules)}"
     yield "", f"text drawn in images is read: {reader}"
     if isinstance(rules, OutputPolicy):
         yield "", f"a stream leaves {_STREAM[rules.stream.mode]}"
     elif policy.race:
         yield "", "the upstream is called at the same time; nothing is shown before the verdict (race: true)"
     yield "", f"reasoning: in trace and record{', AND SHOWN TO THE CLIENT' if rules.show_reasoning else ', not shown'}"
+
+
+def _thinks(rules: SourcePolicy) -> str:
+    if rules.think_between is not None:
+        low, high = rules.think_between
+        return f"where the label's score is from {low:g} to {high:g} (mode: hybrid)"
+    return "always (mode: reason)" if rules.mode == "reason" else "never, it gives its label at once (mode: label)"
+
+
+def _judges(rules: SourcePolicy) -> Iterable[tuple[str, str]]:
+    if rules.ensemble is None:
+        return
+    names = ", ".join(rules.ensemble.of)
+    if rules.ensemble.confident is not None:
+        low, high = rules.ensemble.confident
+        yield "", f"judged by {names} in order, until one scores at most {low:g} or at least {high:g}"
+    else:
+        every = "any one finds it harmful" if rules.ensemble.rule == "any" else "all of them find it harmful"
+        yield "", f"judged by {names}: harmful where {every}"
 
 
 def _policy_warnings(policy: EffectivePolicy) -> Iterable[str]:
@@ -315,6 +336,10 @@ def _policy_warnings(policy: EffectivePolicy) -> Iterable[str]:
             yield f"{source} is in shadow, yet a guard error still blocks (on_error: block)"
         if isinstance(rules, OutputPolicy) and rules.stream.mode == "async":
             yield f"streams show up to {rules.stream.leak_bound} characters before their verdict (stream.mode: async)"
+        if rules.think_between is not None and not rules.think_between[0] <= rules.threshold <= rules.think_between[1]:
+            yield f"{source} threshold {rules.threshold:g} is outside think_between: nothing next to it is thought"
+        if rules.ensemble is not None and rules.ensemble.rule == "all" and len(rules.ensemble.of) > 1:
+            yield f"{source} passes what one of {', '.join(rules.ensemble.of)} does not find harmful (ensemble: all)"
         if rules.threshold > 0.5:
             yield f"{source} threshold {rules.threshold:g}: below it, what the guard calls harmful passes"
 

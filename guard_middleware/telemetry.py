@@ -40,7 +40,7 @@ from guard_middleware.evidence import (
     message_value,
     stream_ending,
 )
-from guard_middleware.types import Action, Basis, Decision, Record, Source, Verdict
+from guard_middleware.types import NOT_NEEDED, Action, Basis, Decision, Opinion, Record, Source, Verdict
 
 #: The draft of the guardrail conventions that these names follow.
 CONVENTION = "apply_guardrail@2026-09"
@@ -437,6 +437,9 @@ class GuardSpan:
                 _fail(self._span, outcome.kind.value)
             else:
                 self._judged(outcome, decision.id, ended_ns)
+        for opinion in outcome.opinions:
+            with self._shield:
+                self._thought(opinion, decision.id)
         with self._shield:
             self._span.end(ended_ns)
 
@@ -486,13 +489,39 @@ class GuardSpan:
             if telemetry.reasoning:
                 result["gen_ai.evaluation.explanation"] = _utf8(telemetry.redact(verdict.reasoning))
             span.add_event("gen_ai.evaluation.result", result)
+        span.set_attribute("guard_middleware.mode", verdict.judging.mode)
+        span.set_attribute("guard_middleware.thought", verdict.thought)
         if verdict.cached:
             span.set_attribute("guard_middleware.cached", True)
         span.set_attributes({f"guard_middleware.left_out.{what}": count for what, count in verdict.left_out})
-        timings = dict(verdict.timings)
-        span.set_attributes({f"guard_middleware.seconds.{stage}": seconds for stage, seconds in timings.items()})
-        started_ns = max(self._started_ns, ended_ns - int(timings.get("generate", 0.0) * 1e9))
-        chat = telemetry.tracer.start_span(
+        span.set_attributes({f"guard_middleware.seconds.{stage}": seconds for stage, seconds in verdict.timings})
+        if not verdict.opinions:
+            started_ns = ended_ns - int(dict(verdict.timings).get("generate", 0.0) * 1e9)
+            self._generated(verdict, decision_id, max(self._started_ns, started_ns)).end(ended_ns)
+
+    def _thought(self, opinion: Opinion, decision_id: str) -> None:
+        """What one guard of an ensemble said."""
+        verdict, started_ns = opinion.verdict, self._started_ns + int(opinion.began * 1e9)
+        if verdict is None:
+            span = self._telemetry.tracer.start_span(
+                f"chat {opinion.guard}", self._context, SpanKind.INTERNAL, start_time=started_ns
+            )
+            if opinion.error == NOT_NEEDED:
+                span.set_attribute("guard_middleware.cancelled", True)
+            else:
+                _fail(span, opinion.error or "_OTHER")
+        else:
+            span = self._generated(verdict, decision_id, started_ns)
+            label, score = verdict.label(self._source), verdict.score(self._source)
+            if label is not None and score is not None:
+                span.set_attribute("gen_ai.evaluation.score.label", label)
+                span.set_attribute("gen_ai.evaluation.score.value", score)
+            span.set_attribute("guard_middleware.cached", verdict.cached)
+        span.set_attribute("guard_middleware.guard", opinion.guard)
+        span.end(started_ns + int(opinion.seconds * 1e9))
+
+    def _generated(self, verdict: Verdict, decision_id: str, started_ns: int) -> Span:
+        return self._telemetry.tracer.start_span(
             f"chat {verdict.model}",
             self._context,
             SpanKind.INTERNAL,
@@ -509,7 +538,6 @@ class GuardSpan:
             },
             start_time=started_ns,
         )
-        chat.end(ended_ns)
 
 
 def _count(to: _Instruments, record: Record, seconds: float) -> None:
@@ -530,8 +558,13 @@ def _count(to: _Instruments, record: Record, seconds: float) -> None:
             },
         )
         to.guard_duration.record(call.seconds, by_source)
+        for opinion in call.opinions:
+            if opinion.verdict is None and opinion.error != NOT_NEEDED:
+                who = {"guard_middleware.guard": opinion.guard}
+                to.guard_errors.add(1, {**by_source, **who, "error.type": _clean(opinion.error or "_OTHER")})
         if decision.verdict is None:
-            to.guard_errors.add(1, {**by_source, "error.type": _clean(decision.error or "_OTHER")})
+            if not call.opinions:
+                to.guard_errors.add(1, {**by_source, "error.type": _clean(decision.error or "_OTHER")})
         else:
             usage = decision.verdict.usage
             to.guard_tokens.add(usage.prompt, {**by_source, "gen_ai.token.type": "input"})

@@ -23,7 +23,7 @@ from itertools import chain
 from typing import Any
 
 from guard_middleware import enforce
-from guard_middleware.config import StreamRules
+from guard_middleware.config import SourcePolicy, StreamRules
 from guard_middleware.dialects.base import (
     Answer,
     Dialect,
@@ -48,6 +48,7 @@ from guard_middleware.types import (
     Basis,
     Conversation,
     GuardCall,
+    Judging,
     Outcome,
     Record,
     Source,
@@ -66,7 +67,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question for the guard; ``deadline`` in seconds from now."""
+    """One question for the guard, by the ``rules`` of its source; ``deadline`` in seconds from now."""
 
     id: str
     source: Source
@@ -74,6 +75,8 @@ class Call:
     conversation: Conversation
     deadline: float
     reader: bool | None
+    judging: Judging
+    rules: SourcePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +223,7 @@ class Transaction:
             raise RuntimeError(f"{result.call.id} was not asked")
         window = self._open.pop(result.call.id)
         decision = decide(self._effective, result.call.source, result.outcome, decision_id=result.call.id)
-        call = GuardCall(result.call.source, result.call.choice, decision, result.seconds)
+        call = GuardCall(result.call.source, result.call.choice, decision, result.seconds, result.outcome.opinions)
         self._calls += (call,)
         if isinstance(result.outcome, GuardError) and result.outcome.retry_after:
             self._retry_after = max(self._retry_after or 0.0, result.outcome.retry_after)
@@ -379,7 +382,7 @@ class Transaction:
         id = f"{self.id}.{source}" if choice is None else f"{self.id}.{source}.{choice}"
         id = id if window is None else f"{id}.w{window.number}"
         self._open[id] = window
-        return Ask(Call(id, source, choice, conversation, policy.deadline, policy.reader))
+        return Ask(Call(id, source, choice, conversation, policy.deadline, policy.reader, policy.judging, policy))
 
     def _forward(self, body: bytes) -> Forward:
         self.upstream_called = self._upstream_open = True

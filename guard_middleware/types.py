@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 Source = Literal["input", "output"]
 Label = Literal["harmful", "unharmful"]
+Mode = Literal["reason", "label", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,28 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Judging:
+    """How much thinking a verdict gets: ``reason`` thinks and then judges, ``label`` judges at once, and ``hybrid``
+    judges at once and thinks where the score then lies from ``low`` to ``high``.
+
+    Raises ``ValueError`` for another mode, and for bounds that are no range within 0..1 or stand beside no ``hybrid``.
+    """
+
+    mode: Mode = "reason"
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"no mode of judging: {self.mode!r}")
+        if not 0.0 <= self.low < self.high <= 1.0 or (self.mode != "hybrid" and (self.low, self.high) != (0.0, 1.0)):
+            raise ValueError(f"mode {self.mode} does not think between {self.low!r} and {self.high!r}")
+
+
+REASON = Judging()
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the guard says. ``response`` is None exactly when no answer was given to judge.
 
@@ -122,6 +145,8 @@ class Verdict:
 
     ``cached`` says that this verdict was known, or was just being made for somebody else: it cost no tokens now.
     ``left_out`` counts what of earlier turns was judged before and not read again (``characters``, ``images``).
+    ``judging`` is how it was asked for, ``thought`` whether the guard reasoned about any of it.
+    ``opinions`` are the members' own where an ensemble judged.
     """
 
     request: Label
@@ -137,12 +162,33 @@ class Verdict:
     timings: tuple[tuple[str, float], ...] = ()
     cached: bool = False
     left_out: tuple[tuple[str, int], ...] = ()
+    judging: Judging = REASON
+    thought: bool = True
+    opinions: tuple[Opinion, ...] = ()
 
     def label(self, source: Source) -> Label | None:
         return self.request if source == "input" else self.response
 
     def score(self, source: Source) -> float | None:
         return self.request_score if source == "input" else self.response_score
+
+
+#: the ``error`` of a guard that was still being asked when the others of its ensemble had decided
+NOT_NEEDED = "not_needed"
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one guard of an ensemble said: a verdict, or in ``error`` a ``GuardErrorKind``'s value or ``NOT_NEEDED``.
+
+    ``began`` (seconds after the question came) is when it was asked, ``seconds`` how long it took.
+    """
+
+    guard: str
+    verdict: Verdict | None
+    error: str | None
+    began: float
+    seconds: float
 
 
 class Action(StrEnum):
@@ -181,12 +227,16 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class GuardCall:
-    """One question to the guard and what came of it. ``choice`` is the answer's index (None for input)."""
+    """One question to the guard and what came of it. ``choice`` is the answer's index (None for input).
+
+    ``opinions`` are those of the guards of an ensemble that were asked.
+    """
 
     source: Source
     choice: int | None
     decision: Decision
     seconds: float
+    opinions: tuple[Opinion, ...] = ()
 
 
 StreamMode = Literal["hold", "window", "async"]

@@ -5,7 +5,8 @@
 - **One question at a time** for the same content: whoever asks meanwhile waits for the same answer. Each keeps its own
   deadline, and the question ends only when nobody waits for it.
 - **Verdicts are kept** (errors never), under a digest of the whole content, of what is asked about it, and of the
-  weights that judged. The weights are those of the newest verdict; when they change, no older entry is found any more.
+  weights that judged. "What is asked" includes the mode: a verdict without reasoning never stands for one with it.
+  The weights are those of the newest verdict; when they change, no older entry is found any more.
 - **Conversations**: the beginning of a conversation that was judged unharmful as a request of its own, and each answer
   that was judged unharmful, leave a mark. Where a mark is found, the guard is asked about a ``turns.view`` of the
   conversation. Where none is, or the earlier verdict came close to a threshold, or the weights turn out to be others
@@ -33,6 +34,7 @@ from guard_middleware.stores import Store
 from guard_middleware.turns import Past, TurnBounds, View, view
 from guard_middleware.types import (
     Conversation,
+    Judging,
     Message,
     Reasoning,
     Record,
@@ -61,7 +63,8 @@ class CachedGuard:
     """Asks ``guard`` what ``store`` does not know. Use from one event loop.
 
     ``clean_below`` is the score under which an unharmful verdict leaves a mark: the lowest threshold of all policies,
-    so that no policy finds harm in a beginning that another one passed. ``store`` None keeps nothing.
+    so that no policy finds harm in a beginning that another one passed. ``store`` None keeps nothing. What is kept is
+    found again under the same ``name`` only: guards that share a store never answer for each other.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class CachedGuard:
         guard: Guard,
         store: Store | None,
         *,
+        name: str = "",
         bounds: TurnBounds | None = None,
         clean_below: float = 0.5,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        self._guard, self._store, self._bounds = guard, store, bounds or TurnBounds()
+        self._name, self._guard, self._store, self._bounds = name, guard, store, bounds or TurnBounds()
         self._clean_below, self._on_event = clean_below, on_event
         self._flights: dict[bytes, _Flight] = {}
         self._weights: _Weights | None = None
@@ -114,8 +118,9 @@ class CachedGuard:
             verdicts = [call.decision.verdict for call in record.calls if call.choice == choice]
             if not verdicts or any(v is None or not self._clean_answer(v, weights) for v in verdicts):
                 continue
+            how = canonical(_judging(next(v.judging for v in verdicts if v)))
             for said in (answer, _without_reasoning(answer)):
-                marks[_key("answered", weights.revision, _next(digests[-1], said))] = b"1"
+                marks[_key("answered", weights.revision, how, _next(digests[-1], said))] = b"1"
         if marks:
             self._later(self._store.put(marks))
 
@@ -174,7 +179,7 @@ class CachedGuard:
         seen = view(request.conversation, past, self._bounds)
         outcome = await self._ask(replace(request, conversation=seen.conversation), end)
         partial = seen.conversation is not request.conversation
-        if partial and isinstance(outcome, Verdict) and _revision(outcome) != revision:
+        if partial and isinstance(outcome, Verdict) and self._revision(outcome) != revision:
             # What was left out was judged by other weights.
             past, seen = Past(), View(request.conversation)
             outcome = await self._ask(request, end)
@@ -189,7 +194,7 @@ class CachedGuard:
             return GuardError(GuardErrorKind.TIMEOUT, "no verdict before the deadline")
         outcome = await self._guard.moderate(replace(request, deadline=end - asked))
         if isinstance(outcome, Verdict) and (self._weights is None or self._weights.asked <= asked):
-            self._weights = _Weights(_revision(outcome), asked, loop.time())
+            self._weights = _Weights(self._revision(outcome), asked, loop.time())
         return outcome
 
     async def _past(self, content: _Content, revision: str) -> Past:
@@ -199,7 +204,7 @@ class CachedGuard:
         ends = [n for n in range(len(messages) - 1, 0, -1) if messages[n - 1].role != "assistant"]
         said = [n for n in range(len(messages), 0, -1) if messages[n - 1].role == "assistant"]
         keys = [_key("asked", revision, content.mode, digests[n]) for n in ends]
-        keys += [_key("answered", revision, digests[n]) for n in said]
+        keys += [_key("answered", revision, content.judging, digests[n]) for n in said]
         found = await self._store.get(keys)
         marked = [(n, past) for n, data in zip(ends, found, strict=False) if data and (past := _past_of(data, n))]
         if not marked:
@@ -221,7 +226,7 @@ class CachedGuard:
             drawn_text=tuple(drawn.get(blob.digest, "") for blob in blobs) if drawn else (),
             left_out=tuple(pair for pair in left_out if pair[1]),
         )
-        revision = _revision(verdict)
+        revision = self._revision(verdict)
         entries = {_key("verdict", revision, content.key): _frozen(verdict)}
         if verdict.request == "unharmful" and verdict.request_score < self._clean_below:
             held = {blob.digest: drawn[blob.digest] for blob in blobs if blob.digest in drawn}
@@ -231,9 +236,16 @@ class CachedGuard:
         return verdict
 
     def _clean_answer(self, verdict: Verdict, weights: _Weights) -> bool:
-        if verdict.response != "unharmful" or verdict.response_score is None or _revision(verdict) != weights.revision:
+        if (
+            verdict.response != "unharmful"
+            or verdict.response_score is None
+            or self._revision(verdict) != weights.revision
+        ):
             return False
         return verdict.response_score < self._clean_below
+
+    def _revision(self, verdict: Verdict) -> str:
+        return f"{self._name}\n{verdict.model}\n{verdict.revision}"
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """A write that nobody waits for; one into memory is done before anybody who waits for the verdict goes on."""
@@ -259,13 +271,16 @@ class _Weights:
 
 
 class _Content:
-    """A question's digests: of what is asked (``key``), how (``mode``), and of each beginning of the conversation."""
+    """A question's digests: of what is asked (``key``), how (``mode``, its ``judging`` beside), and of each beginning
+    of the conversation."""
 
-    __slots__ = ("digests", "key", "messages", "mode")
+    __slots__ = ("digests", "judging", "key", "messages", "mode")
 
     def __init__(self, request: ModerationRequest, bounds: TurnBounds) -> None:
         conversation = request.conversation
         how = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in _NOT_CONTENT}
+        how["judging"] = _judging(request.judging)
+        self.judging = canonical(how["judging"])
         self.mode = hashlib.sha256(canonical({**how, "bounds": [bounds.characters, bounds.images]})).digest()
         self.messages = conversation.messages
         self.digests = _chain(conversation)
@@ -280,6 +295,10 @@ def _key(domain: str, *parts: str | bytes) -> bytes:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
+
+
+def _judging(judging: Judging) -> list[str | float]:
+    return [judging.mode, judging.low, judging.high]
 
 
 def _chain(conversation: Conversation) -> list[bytes]:
@@ -298,10 +317,6 @@ def _next(digest: bytes, message: Message) -> bytes:
 def _without_reasoning(message: Message) -> Message:
     """An answer as most clients send it back."""
     return replace(message, parts=tuple(part for part in message.parts if not isinstance(part, Reasoning)))
-
-
-def _revision(verdict: Verdict) -> str:
-    return f"{verdict.model}\n{verdict.revision}"
 
 
 def _free(verdict: Verdict) -> Verdict:

@@ -17,9 +17,11 @@ from typing import Any
 
 from guard_middleware.errors import GuardError, GuardErrorKind, GuardMiddlewareError
 from guard_middleware.types import (
+    REASON,
     Blob,
     Conversation,
     Definition,
+    Judging,
     Message,
     Part,
     Reasoning,
@@ -53,6 +55,7 @@ class ModerationRequest:
     deadline: float
     reader: bool | None = None
     traceparent: str | None = None
+    judging: Judging = REASON
 
 
 def encode_request(request: ModerationRequest) -> bytes:
@@ -65,6 +68,7 @@ def encode_request(request: ModerationRequest) -> bytes:
         "deadline": request.deadline,
         "reader": request.reader,
         "traceparent": request.traceparent,
+        "judging": _judging(request.judging),
         "messages": [_message(message, blobs) for message in conversation.messages],
         "definitions": [[d.kind, d.text] for d in conversation.definitions],
         "answer": None if conversation.answer is None else _message(conversation.answer, blobs),
@@ -98,6 +102,7 @@ def decode_request(frame: bytes) -> ModerationRequest:
             deadline=float(header["deadline"]),
             reader=header["reader"] if header["reader"] is None else bool(header["reader"]),
             traceparent=header["traceparent"],
+            judging=_parse_judging(header["judging"]),
             conversation=Conversation(
                 messages=tuple(_parse_message(m, blobs) for m in header["messages"]),
                 definitions=tuple(Definition(_str(kind), _str(text)) for kind, text in header["definitions"]),
@@ -114,6 +119,17 @@ def _str(value: Any) -> str:
     if type(value) is not str:
         raise WireError("expected a string")
     return value
+
+
+def _judging(judging: Judging) -> list[Any]:
+    return [judging.mode, judging.low, judging.high]
+
+
+def _parse_judging(value: Any) -> Judging:
+    mode, low, high = value
+    if not {type(low), type(high)} <= {int, float}:
+        raise WireError("bounds that are no numbers")
+    return Judging(_str(mode), low, high)  # type: ignore[arg-type] # it checks its mode
 
 
 def _message(message: Message, blobs: list[bytes]) -> list[Any]:
@@ -180,6 +196,8 @@ def encode_answer(id: str, outcome: Verdict | GuardError) -> bytes:
                 "categories": outcome.categories,
                 "drawn_text": outcome.drawn_text,
                 "timings": outcome.timings,
+                "judging": _judging(outcome.judging),
+                "thought": outcome.thought,
             }
         }
     return json.dumps({"id": id, **body}, separators=(",", ":")).encode("ascii")
@@ -215,6 +233,8 @@ def decode_answer(data: bytes | str) -> tuple[str, Verdict | GuardError]:
             categories=tuple(_str(c) for c in v["categories"]),
             drawn_text=tuple(_str(t) for t in v["drawn_text"]),
             timings=tuple((_str(stage), float(seconds)) for stage, seconds in v["timings"]),
+            judging=_parse_judging(v["judging"]),
+            thought=bool(v["thought"]),
         )
     except WireError:
         raise

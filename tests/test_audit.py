@@ -61,6 +61,8 @@ def test_one_record_is_one_line_with_everything_that_proves_the_decision(tmp_pat
         "tokens": {"prompt": 120, "completion": 40, "reasoning": 30},
         "drawn_text_chars": [len(f"drawn {MARKER}")],
         "timings": {"queue": 0.001, "generate": 0.004},
+        "mode": "reason",
+        "thought": True,
         "cached": False,
         "left_out": {},
     }

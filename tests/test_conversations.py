@@ -13,6 +13,7 @@ from guard_middleware.turns import TurnBounds
 from guard_middleware.types import (
     Conversation,
     Definition,
+    Judging,
     Message,
     Reasoning,
     Text,
@@ -208,6 +209,26 @@ def test_what_other_weights_judged_is_judged_again_whole() -> None:
         assert first.conversation != talk
         assert second.conversation == talk
         assert (verdict.revision, verdict.left_out) == ("r2", ())
+
+    run(work())
+
+
+@pytest.mark.parametrize("asked", [Judging(), Judging("hybrid", 0.1, 0.9)], ids=lambda judging: judging.mode)
+def test_what_was_judged_in_another_mode_is_judged_again_whole(asked: Judging) -> None:
+    async def work() -> None:
+        bench = Bench(bounds=TurnBounds(0, 0))
+        talk = then(Conversation(()), "one")
+        brief = [await bench.verdict(talk, judging=Judging("label"))]
+        talk = replace(talk, answer=model(LONG))
+        brief.append(await bench.verdict(talk, "output", judging=Judging("label")))
+        talk = replace(talk, answer=None)
+        bench.cached.settled(record(talk, [model(LONG)], [("input", None, brief[0]), ("output", 0, brief[1])]))
+        await bench.verdict(talk, judging=asked)  # so that only the answer's mark is of another mode
+        talk = then(replace(talk, messages=(*talk.messages, model(LONG))), "two")
+        await bench.verdict(talk, judging=asked)
+        assert bench.inner.asked[-1].conversation == talk
+        await bench.verdict(talk, judging=Judging("label"))
+        assert bench.inner.asked[-1].conversation != talk
 
     run(work())
 

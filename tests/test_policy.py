@@ -303,6 +303,9 @@ def test_the_digest_is_the_same_however_the_policy_is_written(text: str) -> None
         {"deadline": 9.0},
         {"show_reasoning": True},
         {"reader": True},
+        {"mode": "label"},
+        {"mode": "hybrid", "think_between": (0.1, 0.9)},
+        {"mode": "hybrid", "think_between": (0.1, 0.8)},
     ],
 )
 def test_every_rule_changes_the_digest(change: dict[str, Any]) -> None:
@@ -317,7 +320,7 @@ def test_every_rule_changes_the_digest(change: dict[str, Any]) -> None:
 
 def test_the_digest_of_the_default_policy_is_pinned() -> None:
     # Records of past decisions name it: change it knowingly, with the version inside the digest.
-    assert digest(Policy()) == "f3f98af6760cfe36344f8f78352f5ed7e83ec3cd9aa21d1c311002433967601e"
+    assert digest(Policy()) == "1c08c47264164423287f822d3f3675e213730513fcbae7b34109d0fba15dd66c"
 
 
 def _explain(text: str, **facts: Any) -> str:
@@ -357,6 +360,15 @@ def test_explain_says_that_an_untrusted_tenant_is_ignored() -> None:
         ("policies: {default: {input: {threshold: 0.8}}}", "threshold 0.8"),
         ("policies: {default: {input: {show_reasoning: true}}}", "SHOWN TO THE CLIENT"),
         ("policies: {default: {block_style: soft}}", "200 with a refusal"),
+        ("policies: {default: {input: {mode: label}}}", "never, it gives its label at once (mode: label)"),
+        (
+            "policies: {default: {output: {mode: hybrid, think_between: [0.1, 0.9]}}}",
+            "where the label's score is from 0.1 to 0.9 (mode: hybrid)",
+        ),
+        (
+            "policies: {default: {output: {mode: hybrid, think_between: [0.6, 0.9]}}}",
+            "output threshold 0.5 is outside think_between",
+        ),
         (
             "dialects: {chat_completions: {extra_fields: {trace: opaque, docs: moderated}}}",
             "`trace` of chat_completions",

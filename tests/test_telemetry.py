@@ -237,6 +237,8 @@ def test_the_guardrail_span_says_what_the_guard_said() -> None:
         "guard_middleware.decision.action": "allow",
         "guard_middleware.decision.would": "allow",
         "guard_middleware.decision.basis": "verdict",
+        "guard_middleware.mode": "reason",
+        "guard_middleware.thought": True,
         "guard_middleware.seconds.queue": 0.001,
         "guard_middleware.seconds.generate": 0.004,
     }

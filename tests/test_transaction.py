@@ -15,7 +15,7 @@ from guard_middleware.errors import GuardError, RejectKind, RequestRejected, Ups
 from guard_middleware.limits import Limits
 from guard_middleware.policy import PolicySet
 from guard_middleware.transaction import Ask, Begin, Call, End, Forward, Judged, Phase, Respond, Send, Stop, Transaction
-from guard_middleware.types import Usage, Verdict
+from guard_middleware.types import Judging, Usage, Verdict
 
 JSON = ((b"content-type", b"application/json"),)
 SSE = ((b"content-type", b"text/event-stream"),)
@@ -101,6 +101,17 @@ def test_a_clean_exchange_asks_forwards_asks_and_releases() -> None:
     record = tx.record()
     assert (record.outcome, record.status, len(record.calls)) == ("allowed", 200, 2)
     assert record.released_bytes == len(command.reply.body)
+
+
+def test_each_source_is_judged_in_the_mode_of_its_policy() -> None:
+    hybrid = SourcePolicy(mode="hybrid", think_between=(0.2, 0.8))
+    tx = transaction(input=hybrid, output=OutputPolicy(mode="label"))
+    asked = only(tx.request(parsed()))
+    assert asked.call.judging == Judging("hybrid", 0.2, 0.8)
+    judge(tx, [asked], verdict())
+    tx.upstream_head(200, JSON)
+    tx.upstream_data(completion(ANSWER))
+    assert only(tx.upstream_end()).call.judging == Judging("label")
 
 
 def test_a_harmful_request_never_reaches_the_upstream() -> None:
@@ -277,7 +288,9 @@ def test_an_aborted_transaction_holds_nothing_and_says_why() -> None:
 def test_out_of_order_feeds_are_defects_and_never_release() -> None:
     tx = transaction()
     with pytest.raises(RuntimeError):
-        tx.judged(Judged(Call("gd_1.input", "input", None, parsed().conversation, 1.0, None), verdict(), 0.1))
+        tx.judged(
+            Judged(Call("gd_1.input", "input", None, parsed().conversation, 1.0, None, Judging()), verdict(), 0.1)
+        )
     tx.request(parsed())
     with pytest.raises(RuntimeError):
         tx.request(parsed())

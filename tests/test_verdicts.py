@@ -11,6 +11,7 @@ from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import (
     Conversation,
     Definition,
+    Judging,
     Message,
     Reasoning,
     Text,
@@ -55,6 +56,9 @@ OTHERS: list[tuple[str, ModerationRequest]] = [
     ("source", question(HELLO, "output")),
     ("reader on", question(HELLO, reader=True)),
     ("reader off", question(HELLO, reader=False)),
+    ("mode label", question(HELLO, judging=Judging("label"))),
+    ("mode hybrid", question(HELLO, judging=Judging("hybrid", 0.1, 0.9))),
+    ("mode hybrid that thinks elsewhere", question(HELLO, judging=Judging("hybrid", 0.2, 0.9))),
 ]
 
 

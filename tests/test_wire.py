@@ -16,6 +16,7 @@ from guard_middleware.types import (
     Blob,
     Conversation,
     Definition,
+    Judging,
     Message,
     Reasoning,
     Text,
@@ -48,6 +49,11 @@ messages = st.builds(
     st.lists(parts, max_size=4).map(tuple),
     st.none() | texts,
 )
+scores = st.floats(0, 1)
+judgings = st.one_of(
+    st.sampled_from([Judging(), Judging("label")]),
+    st.tuples(scores, scores).filter(lambda pair: pair[0] < pair[1]).map(lambda pair: Judging("hybrid", *pair)),
+)
 requests = st.builds(
     ModerationRequest,
     texts,
@@ -61,8 +67,8 @@ requests = st.builds(
     st.floats(0.001, 100),
     st.sampled_from([None, True, False]),
     st.none() | texts,
+    judgings,
 )
-scores = st.floats(0, 1)
 verdicts = st.builds(
     Verdict,
     st.sampled_from(["harmful", "unharmful"]),
@@ -76,6 +82,8 @@ verdicts = st.builds(
     st.lists(texts, max_size=3).map(tuple),
     st.lists(texts, max_size=3).map(tuple),
     st.lists(st.tuples(texts, st.floats(0, 9)), max_size=3).map(tuple),
+    judging=judgings,
+    thought=st.booleans(),
 )
 
 
@@ -121,6 +129,7 @@ def frame(blobs: bytes = b"", **changes: Any) -> bytes:
         "deadline": 1.0,
         "reader": None,
         "traceparent": None,
+        "judging": ["hybrid", 0.1, 0.9],
         "messages": [["user", None, [["text", "hi"]]]],
         "definitions": [],
         "answer": None,
@@ -157,6 +166,16 @@ def test_the_frame_of_this_table_is_a_good_one() -> None:
         frame(messages={}),
         frame(definitions=[["tool"]]),
         frame(answer=["user"]),
+        frame(judging=None),
+        frame(judging=["reason"]),
+        frame(judging=["guess", 0.0, 1.0]),
+        frame(judging=[["reason"], 0.0, 1.0]),
+        frame(judging=["label", 0.1, 0.9]),
+        frame(judging=["hybrid", 0.9, 0.1]),
+        frame(judging=["hybrid", -0.1, 0.9]),
+        frame(judging=["hybrid", "0.1", 0.9]),
+        frame(judging=["hybrid", False, 0.9]),
+        frame(judging=["hybrid", float("nan"), 0.9]),
         struct.pack(">I", 2) + b"[]",
     ],
 )
@@ -178,6 +197,8 @@ def answer(**changes: Any) -> str:
         "categories": [],
         "drawn_text": [],
         "timings": [],
+        "judging": ["reason", 0, 1],
+        "thought": True,
         **changes,
     }
     return json.dumps({"id": "q", "verdict": verdict})
@@ -209,6 +230,8 @@ def test_the_answer_of_this_table_is_a_good_one() -> None:
         answer(usage=[1]),
         answer(categories=[1]),
         answer(timings=[["a"]]),
+        answer(judging=["guess", 0, 1]),
+        answer(judging=None),
     ],
 )
 def test_an_answer_that_is_not_exactly_one_outcome_is_refused(bad: str) -> None:

@@ -6,7 +6,8 @@ costs a dictionary look-up, not a connection attempt, until a short back-off is 
 
 Refuses: an answer that ``wire.decode_answer`` refuses, a text message, a ``retry_after`` that is no
 duration (each ends the connection, and with it every question in flight); a verdict with a response label where no
-answer was given to judge, or without one where it was (an ``internal`` error of that one question).
+answer was given to judge, or without one where it was, or of another mode than was asked for (an ``internal`` error
+of that one question).
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class GuardClient:
             return GuardError(GuardErrorKind.INTERNAL, str(error))
         if isinstance(outcome, Verdict) and (outcome.response is None) != (request.conversation.answer is None):
             return GuardError(GuardErrorKind.INTERNAL, "the verdict does not label what it was asked to judge")
+        if isinstance(outcome, Verdict) and outcome.judging != request.judging:
+            return GuardError(GuardErrorKind.INTERNAL, "the worker judged in another mode than it was asked to")
         return outcome
 
     async def ready(self) -> bool:

@@ -15,7 +15,7 @@ from websockets.asyncio.server import serve, unix_serve
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
-from guard_middleware.types import Blob, Conversation, Message, Text, Uri, Usage, Verdict
+from guard_middleware.types import Blob, Conversation, Judging, Message, Text, Uri, Usage, Verdict
 from guard_middleware.wire import ModerationRequest, decode_request, encode_answer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,9 +297,14 @@ def test_garbage_drops_the_connection_and_never_becomes_a_verdict(tmp_path, garb
 
 @pytest.mark.parametrize(
     ("answer", "verdict"),
-    [(None, replace(VERDICT, response="unharmful", response_score=0.0)), ("Mix the flour.", VERDICT)],
+    [
+        (None, replace(VERDICT, response="unharmful", response_score=0.0)),
+        ("Mix the flour.", VERDICT),
+        (None, replace(VERDICT, judging=Judging("label"), thought=False)),
+    ],
+    ids=["an answer's label without an answer", "no label for an answer", "another mode"],
 )
-def test_a_verdict_that_labels_an_answer_nobody_gave_or_none_where_one_was_is_refused(tmp_path, answer, verdict):
+def test_a_verdict_on_something_else_than_was_asked_is_refused(tmp_path, answer, verdict):
     async def main():
         async def reply(socket, message):
             await socket.send(encode_answer(decode_request(message).id, verdict))

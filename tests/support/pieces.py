@@ -79,6 +79,7 @@ class PieceGuard:
             revision=revision,
             drawn_text=drawn,
             timings=(("generate", 0.1),),
+            judging=request.judging,
         )
 
 

@@ -57,6 +57,7 @@ class ScriptedGuard:
             usage=Usage(len(asked.split()), 8, 6),
             model=self.model,
             revision=self.revision,
+            judging=request.judging,
         )
 
     def gauges(self) -> dict[str, float]:
