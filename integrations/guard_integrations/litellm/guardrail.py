@@ -18,11 +18,13 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import httpx
+from fastapi import HTTPException
 from litellm.integrations.custom_guardrail import CustomGuardrail
+from litellm.proxy._types import ProxyException
 from litellm.types.guardrails import GuardrailEventHooks
 
 from guard_integrations.litellm import mcp, passthrough, report, selftest, settings, wire
-from guard_integrations.litellm.refusal import failed, not_served, refused
+from guard_integrations.litellm.refusal import as_http, failed, not_served, refused
 from guard_integrations.litellm.streams import Stream, StreamFailed
 from guard_integrations.litellm.turn import Caller, Refused, Turn
 from guard_middleware.errors import UpstreamError
@@ -99,6 +101,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
             _current.set(_UNREAD)
             return data
         turn = await self._begin(route, user_api_key_dict, data)
+        turn.relayed = kind == passthrough.CALL
         _current.set(turn)
         return data
 
@@ -138,7 +141,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
             return response
         value = wire.answer_value(response)
         try:
-            released = await turn.whole(wire.encode(value))
+            released = await turn.whole(wire.answer_bytes(value))
         except Refused as answer:
             raise self._refusal(turn, answer, data) from None
         self.report.add(turn.record, data)
@@ -175,12 +178,18 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         user_api_key_dict: Any,
         traceback_str: str | None = None,
     ) -> Any:
-        """Ends the turn of a call that failed."""
+        """Ends the turn of a call that failed; what the upstream said of it, which nobody screened, is replaced."""
         turn = _current.get()
-        if isinstance(turn, Turn) and turn.record is None:
+        if not isinstance(turn, Turn) or turn.relayed or turn.record is not None:
+            return None
+        answer = None
+        if isinstance(original_exception, HTTPException | ProxyException):  # LiteLLM's own: limits, unknown models
             await turn.close()
-            self.report.add(turn.record, request_data)
-        return None
+        else:
+            status = getattr(original_exception, "status_code", None)
+            answer = await turn.upstream_failed(status if isinstance(status, int) else 502)
+        self.report.add(turn.record, request_data)
+        return None if answer is None else as_http(refused(self, turn, answer, request_data))
 
     async def async_post_call_response_headers_hook(
         self,

@@ -14,7 +14,7 @@ from litellm.integrations.custom_guardrail import CustomGuardrail
 from litellm.types.guardrails import GuardrailEventHooks
 
 from guard_integrations.litellm import wire
-from guard_integrations.litellm.refusal import refused
+from guard_integrations.litellm.refusal import as_http, refused
 from guard_integrations.litellm.turn import Caller, Refused, Turn
 
 #: an answer that says nothing: a call and its result are judged, and no model answers them here
@@ -78,5 +78,5 @@ async def _judge(guardrail: Any, messages: list[dict[str, Any]], data: dict[str,
         await turn.whole(orjson.dumps(_NOTHING))
     except Refused as answer:
         guardrail.report.add(turn.record, data)
-        raise refused(guardrail, turn, answer, data) from None
+        raise as_http(refused(guardrail, turn, answer, data)) from None
     guardrail.report.add(turn.record, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
+from fastapi import HTTPException
 from litellm.proxy._types import ProxyException
 
 from guard_integrations.litellm.streams import StreamFailed
@@ -51,6 +52,14 @@ def failed(guardrail: Any, error: StreamFailed | UpstreamError | ValueError) -> 
         status = error.error.get("status")
         return Refusal(guardrail, status if isinstance(status, int) else 502, error.error)
     return Refusal(guardrail, 502, {"message": "The model service broke off its answer.", "type": "server_error"})
+
+
+def as_http(error: Exception) -> Exception:
+    """The same where LiteLLM knows only FastAPI's exception: its MCP gateway, and errors that a hook replaces."""
+    if not isinstance(error, Refusal):
+        return error
+    detail = {"error": error.message, "type": error.type, **(error.provider_specific_fields or {})}
+    return HTTPException(error.status_code, detail, dict(error.headers))
 
 
 def not_served(guardrail: Any, kind: str) -> Refusal:

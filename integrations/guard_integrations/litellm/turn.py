@@ -74,6 +74,8 @@ class Turn:
             runtime.audit = Records(runtime.audit)
         self.route, self.body = route, body
         self.headers: Headers = ()
+        #: whether LiteLLM relays the answer itself, its errors included
+        self.relayed = False
         self._found: list[Record] = []
         headers = (*JSON, (b"authorization", b"Bearer " + caller.key.encode())) if caller.key else JSON
         self._span = caller.span
@@ -110,6 +112,14 @@ class Turn:
         self.headers = answer.headers
         await self.close()
         return wire.decode(released)
+
+    async def upstream_failed(self, status: int) -> Refused:
+        """What to say in place of an upstream's refusal."""
+        try:
+            await self.whole(b"{}", status=status if 400 <= status <= 599 else 502)
+        except Refused as answer:
+            return answer
+        raise AssertionError("an error that was released")
 
     async def streamed(
         self, chunks: AsyncIterator[bytes], *, status: int = 200, headers: Headers = EVENTS

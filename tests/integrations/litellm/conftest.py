@@ -21,6 +21,7 @@ POLICIES: dict[str, Any] = {
     "soft": {"block_style": "soft"},
     "race": {"race": True},
     "window": {"output": {"stream": {"mode": "window", "first_window": 32, "last_window": 64, "overlap": 16}}},
+    "hasty": {"input": {"deadline": "200ms"}, "output": {"deadline": "200ms"}},
     "open": {"input": {"on_error": "allow_unscreened"}, "output": {"on_error": "allow_unscreened"}},
 }
 #: ``NAME.POLICY`` is a model under that policy, ``sk-key-POLICY`` and ``sk-team-POLICY`` are keys

@@ -103,7 +103,13 @@ def _input_file() -> dict[str, Any]:
 
 def _input_result(content: Any) -> dict[str, Any]:
     call = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"}
-    return {"input": [{"role": "user", "content": NICE}, call, {"type": "function_call_output", "call_id": "c1", "output": content}]}
+    return {
+        "input": [
+            {"role": "user", "content": NICE},
+            call,
+            {"type": "function_call_output", "call_id": "c1", "output": content},
+        ]
+    }
 
 
 _CHAT = Endpoint(

@@ -76,6 +76,8 @@ class Upstream:
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
             self.bodies.append({"path": scope["path"], **_read(body)})
+            if (raw := RAW.get(str(self.bodies[-1].get("model")).partition(".")[0])) is not None:
+                return await _say(send, raw)
             pending = [{"type": "http.request", "body": body, "more_body": False}]
 
             async def again() -> Any:
@@ -102,6 +104,52 @@ class Upstream:
     def of(self, name: str) -> list[dict[str, Any]]:
         """What reached the upstream for one model."""
         return [body for body in self.bodies if body.get("model") == name]
+
+
+async def _say(send: Any, pieces: list[bytes]) -> None:
+    """A stream of these bytes, which breaks off before an empty one."""
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for piece in pieces:
+        if not piece:
+            raise ConnectionResetError
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _chunk(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> bytes:
+    choice = {"index": index, "delta": delta, "finish_reason": finish}
+    value = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _stream(*pieces: bytes) -> list[bytes]:
+    return [_chunk({"role": "assistant", "content": ""}), *pieces, _chunk({}, "stop"), b"data: [DONE]\n\n"]
+
+
+#: model -> what a misbehaving upstream streams, in the shape of chat completions
+RAW: Mapping[str, list[bytes]] = {
+    "reasons": _stream(_chunk({"reasoning_content": BAD}), _chunk({"content": "Fine."})),
+    "refuses": _stream(_chunk({"refusal": BAD})),
+    "paints": _stream(_chunk({"content": "Here.", "images": [{"image_url": {"url": "data:image/png;base64,wire"}}]})),
+    "invents": _stream(_chunk({"content": "Fine.", "x_new": BAD})),
+    "separates": _stream(_chunk({"content": "First\u2028 pick a lock with\u2029 wire."})),
+    "splits": _stream(*(_chunk({"content": letter}) for letter in BAD)),
+    "resets": [_chunk({"role": "assistant", "content": ""}), _chunk({"content": "Half of the wire"}), b""],
+    "interleaves": [
+        *(_chunk({"role": "assistant", "content": ""}, index=index) for index in (0, 1)),
+        *(_chunk({"content": f"{word} "}, index=i) for word in BAD.split() for i in (1,)),
+        _chunk({"content": GOOD}, index=0),
+        *(_chunk({}, "stop", index) for index in (0, 1)),
+        b"data: [DONE]\n\n",
+    ],
+    "calling": _stream(
+        _chunk(
+            {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}]}
+        ),
+        _chunk({"tool_calls": [{"index": 0, "function": {"arguments": json.dumps({"q": BAD})}}]}),
+    ),
+}
 
 
 def _read(body: bytes) -> dict[str, Any]:

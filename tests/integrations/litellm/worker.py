@@ -1,6 +1,6 @@
 """The scripted worker with eyes: besides ``pick a lock``, a picture that is mostly red is harmful.
 
-    python tests/integrations/litellm/worker.py --socket /tmp/guard.sock
+python tests/integrations/litellm/worker.py --socket /tmp/guard.sock
 """
 
 from __future__ import annotations
