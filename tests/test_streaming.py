@@ -398,14 +398,13 @@ def test_a_race_shows_nothing_before_the_inputs_verdict_and_then_at_once(tmp_pat
         return [opening(), *says(*WORDS), ENDING] if body["stream"] else [json.dumps(whole).encode()]
 
     upstream = Speaker(pieces)
-    guard = RuleGuard({"input": 0.3})
+    guard = RuleGuard({"input": 1.0})
     client = Client(chat() | {"stream": stream})
     host = Host(tmp_path, upstream, WINDOW, guard, race=True)
     host.run(client)
     assert client.status == 200
-    assert upstream.began - client.began < 0.15
-    assert upstream.ended - client.began < 0.25  # the whole answer was there
-    assert client.pieces[0][0] - client.began >= 0.3
+    assert upstream.ended - client.began < 0.9  # the whole answer was there
+    assert client.pieces[0][0] - client.began >= 1.0
     assert [request.source for request in guard.asked][:2] == ["input", "output"]
     assert host.record["outcome"] == "allowed"
 
