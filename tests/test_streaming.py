@@ -51,7 +51,7 @@ class Host:
         """Serves the clients at once, beside ``meanwhile``."""
 
         async def run() -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(150):
                 await asyncio.gather(
                     *(client.run(self.app) for client in clients), *([meanwhile()] if meanwhile else [])
                 )
