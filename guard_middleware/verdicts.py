@@ -124,6 +124,18 @@ class CachedGuard:
         if marks:
             self._later(self._store.put(marks))
 
+    def serving(self, model: str, revision: str) -> None:
+        """The guard says that from now on these weights judge: what others said answers nothing any more, be it kept or
+        still on its way. Whoever waits for it already gets it."""
+        now = asyncio.get_running_loop().time()
+        self._weights = _Weights(self._identity(model, revision), now, now)
+        self._flights.clear()
+
+    def unknown(self) -> None:
+        """The guard went away, and nobody knows which weights will judge next: nothing that is kept answers until one
+        has said."""
+        self._weights = None
+
     async def aclose(self) -> None:
         """Ends questions that are still open and writes what is still to be written."""
         tasks = [flight.task for flight in self._flights.values()]
@@ -171,7 +183,8 @@ class CachedGuard:
         if weights is not None and asyncio.get_running_loop().time() - weights.learnt < REVISION_SECONDS:
             (kept,) = await self._store.get([_key("verdict", weights.revision, content.key)])
             known = None if kept is None else _thawed(kept)
-            if known is not None:
+            still = self._weights is not None and self._weights.revision == weights.revision  # a store takes its time
+            if known is not None and still:
                 self._on_event("hit")
                 return known
         self._on_event("miss")
@@ -245,7 +258,10 @@ class CachedGuard:
         return verdict.response_score < self._clean_below
 
     def _revision(self, verdict: Verdict) -> str:
-        return f"{self._name}\n{verdict.model}\n{verdict.revision}"
+        return self._identity(verdict.model, verdict.revision)
+
+    def _identity(self, model: str, revision: str) -> str:
+        return f"{self._name}\n{model}\n{revision}"
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """A write that nobody waits for; one into memory is done before anybody who waits for the verdict goes on."""

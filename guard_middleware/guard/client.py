@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,6 +57,8 @@ class GuardClient:
         self._closed = False
         #: answers to questions that nobody waits for (mostly late ones)
         self.unknown_answers = 0
+        #: told whenever a connection has ended: another worker, with other weights, may be behind the next one
+        self.on_lost: Callable[[], None] = lambda: None
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
         """The guard's verdict, or why there is none, at most ``request.deadline`` seconds (plus 50 ms) from now.
@@ -92,20 +95,32 @@ class GuardClient:
 
     async def ready(self) -> bool:
         """True if the worker says that it can moderate. Never raises; answers within two seconds."""
-        return await self._ok("/ready")
+        return await self._get("/ready") is not None
+
+    async def identity(self) -> tuple[str, str] | None:
+        """Model and revision of the loaded weights; None if the worker does not say that it can moderate. Never
+        raises; answers within two seconds."""
+        response = await self._get("/ready")
+        try:
+            return None if response is None else (str(response.json()["model"]), str(response.json()["revision"]))
+        except (ValueError, LookupError, TypeError):
+            return None
 
     async def alive(self) -> bool:
         """True if the worker's process answers at all. Never raises; answers within two seconds."""
-        return await self._ok("/health")
+        return await self._get("/health") is not None
 
-    async def _ok(self, path: str) -> bool:
+    async def _get(self, path: str) -> httpx.Response | None:
+        """An answer of status 200."""
         host = None if self._address.startswith("http") else "http://worker"
-        transport = httpx.AsyncHTTPTransport(uds=self._address) if host else httpx.AsyncHTTPTransport()
+        verify = self._address.startswith("https")  # else the CA certificates are read for nothing, on the event loop
+        transport = httpx.AsyncHTTPTransport(uds=self._address if host else None, verify=verify)
         try:
             async with httpx.AsyncClient(transport=transport, base_url=host or self._address, timeout=2.0) as client:
-                return (await client.get(path)).status_code == 200
+                response = await client.get(path)
+                return response if response.status_code == 200 else None
         except (httpx.HTTPError, httpx.InvalidURL):
-            return False
+            return None
 
     async def aclose(self) -> None:
         """Ends the connection; questions in flight, and later ones, are ``unavailable``."""
@@ -217,6 +232,7 @@ class _Session:
             pass
         finally:
             self.dead = True
+            self._client.on_lost()
             for future in self._pending.values():
                 if not future.done():
                     future.set_result(_gone())

@@ -1,0 +1,337 @@
+"""Follows a weights directory: loads what is staged beside what serves, tries it, and carries out orders.
+
+The state on the disk decides, and is changed before the questions move: an order is carried out when the state says
+so, and until then every start is on the old weights. At most two workers are loaded at a time, but for one that
+answers its last questions.
+
+A promotion is on trial while the old worker stays loaded (``keep``): if the new one's process ends in that time, the
+old one serves again, and the state says ``reverted``. A staged worker whose process ends is not staged any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
+from guard_middleware.types import Judging, Verdict
+from guard_middleware.weights import golden, manifest, state
+from guard_middleware.weights.directory import WeightsDirectory, now
+from guard_middleware.weights.golden import Case
+from guard_middleware.weights.seats import Compared, Seat, Switch
+from guard_middleware.weights.state import Entry, Golden, Refused, Revision, State
+from guard_middleware.wire import ModerationRequest
+
+logger = logging.getLogger(__name__)
+
+#: how long a worker may take to load; past it the start, or the staging, has failed
+READY_SECONDS = 300.0
+#: how often the state is looked at
+_POLL = 0.5
+#: how often the counts of the shadow are written into it
+_COUNT_SECONDS = 5.0
+#: pause after an error that is none of the weights' (a full disk)
+_PAUSE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """How staged weights are tried: golden cases in each of ``judgings``, a ``share`` of live questions; and for how
+    many seconds the weights before a promotion stay loaded."""
+
+    cases: Sequence[Case]
+    judgings: Sequence[Judging]
+    share: float
+    keep: float
+
+
+@dataclass(slots=True)
+class _Trial:
+    id: int
+    task: asyncio.Task[None]
+    seat: Seat | None = None
+
+
+class Follower:
+    """The guard of a gateway with a weights directory. ``command`` makes a worker's command of a model and a socket;
+    ``sockets`` is a folder for the sockets. ``on_serving`` is told the model and revision that answer from now on."""
+
+    def __init__(
+        self,
+        directory: WeightsDirectory,
+        trials: Trials,
+        sockets: Path,
+        command: Callable[[str, str], Sequence[str]],
+        *,
+        on_entry: Callable[[Entry], None] = lambda entry: None,
+        on_compared: Callable[[Compared], None] = lambda compared: None,
+    ) -> None:
+        self._directory, self._trials, self._sockets, self._command = directory, trials, sockets, command
+        self._on_entry = on_entry
+        self.on_serving: Callable[[str, str], None] = lambda model, revision: None
+        self.switch = Switch(trials.share, on_compared)
+        self._lock = contextlib.ExitStack()
+        self._task: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._woken = asyncio.Event()
+        self._gone: dict[Seat, int | None] = {}
+        self._trial: _Trial | None = None
+        self._identities: dict[Seat, tuple[str, str]] = {}
+        self._seats = 0
+        self._stamp: object = None
+        self._told = 0
+        self._warm_until = self._counted = 0.0
+
+    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
+        """See ``runtime.Guard``."""
+        return await self.switch.moderate(request)
+
+    async def start(self) -> None:
+        """Starts the active weights' worker. Raises ``ConfigError`` where they are not what was promoted, or another
+        gateway follows the directory, and ``OSError`` for a worker that cannot be started at all."""
+        await asyncio.to_thread(self._lock.enter_context, self._directory.following())
+        try:
+            self._told = (await asyncio.to_thread(self._directory.read)).number
+            found = await self._update(partial(state.recovered, at=now()))
+            wrong = await _mismatch(found.active)
+            if wrong is not None:
+                remedy = f"put its files back, or: guard-gateway weights rollback --directory {self._directory.folder}"
+                raise ConfigError(f"the active weights are not those that were promoted: {wrong}", remedy=remedy)
+            seat = self._seat(found.active)
+            await seat.start()
+        except BaseException:
+            self._lock.close()
+            raise
+        self.switch.active = seat
+        self._task = asyncio.create_task(self._follow(), name="guard-weights")
+
+    async def wait_ready(self) -> None:
+        """Until the active weights can moderate; raises ``GuardError``."""
+        seat = self.switch.active
+        assert seat is not None
+        await seat.wait_ready(READY_SECONDS)
+        await self._learn(seat)
+
+    async def ready(self) -> bool:
+        seat = self.switch.active
+        return seat is not None and await seat.identity() is not None
+
+    async def aclose(self) -> None:
+        """Ends all workers. The state stays as it is: what was not carried out is dropped at the next start."""
+        tasks = [self._task, self._trial.task if self._trial else None, *self._ending]
+        for task in (task for task in tasks if task is not None):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self.switch.aclose()
+        seats = {self.switch.active, self.switch.warm, self._trial.seat if self._trial else None} | set(
+            self._identities
+        )
+        await asyncio.gather(*(seat.stop() for seat in seats if seat is not None))
+        self._lock.close()
+
+    # -- one step after another
+
+    async def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_POLL):
+                    await self._woken.wait()
+            self._woken.clear()
+            try:
+                await self._step()
+            except Refused as refusal:  # the operator was quicker
+                logger.info("weights: %s", refusal)
+            except (ConfigError, OSError) as error:
+                logger.error("weights: %s", error)
+                await asyncio.sleep(_PAUSE)
+
+    async def _step(self) -> None:
+        loop, switch = asyncio.get_running_loop(), self.switch
+        await self._look_after_the_gone()
+        if switch.warm is not None and loop.time() >= self._warm_until:
+            self._retire_warm()
+        stamp = await asyncio.to_thread(self._directory.stamp)
+        if stamp != self._stamp:
+            self._tell(await asyncio.to_thread(self._directory.read))
+            self._stamp = stamp
+        found = self._state
+        staged, trial = found.staged, self._trial
+        if trial is not None and (staged is None or staged.id != trial.id or staged.phase == "failed"):
+            await self._end_trial()
+            trial = None
+        assert switch.active is not None
+        if switch.active not in self._identities:
+            await self._learn(switch.active)
+        if staged is None or (switch.active not in self._identities and found.order is None):
+            return  # nothing is tried beside weights that are not loaded yet
+        if staged.phase == "new" and trial is None:
+            self._trial = trial = _Trial(staged.id, asyncio.create_task(self._try(found), name="guard-staging"))
+        if found.order is not None and staged.phase == "ready" and trial is not None and trial.seat is not None:
+            await self._carry_out(found, trial.seat)
+        elif switch.shadow != staged.shadow and loop.time() - self._counted > _COUNT_SECONDS:
+            self._counted = loop.time()
+            await self._update(partial(state.shadowed, id=staged.id, shadow=switch.shadow))
+
+    async def _look_after_the_gone(self) -> None:
+        """A worker that has ended by itself: the supervisor restarts the active one where there is none behind it."""
+        switch = self.switch
+        gone, self._gone = self._gone, {}
+        for seat, code in gone.items():
+            why = f"its worker exited with {code}"
+            if seat is switch.active and switch.warm is not None:
+                self._identities.pop(seat, None)
+                serves, switch.warm = switch.warm, None
+                switch.active = serves
+                self._end(seat.stop())
+                self.on_serving(*self._identities[serves])
+                logger.error("weights: %s: %s; %s serves again", seat.revision.says(), why, serves.revision.says())
+                await self._update(partial(state.reverted, why=why, at=now()))
+            elif seat is switch.warm:
+                self._retire_warm()
+            elif self._trial is not None and seat is self._trial.seat:
+                await self._update(partial(state.failed, id=self._trial.id, why=why, at=now()))
+
+    # -- staging
+
+    async def _try(self, found: State) -> None:
+        """Loads what is staged and tries it; whatever comes of it is in the state at the end."""
+        staged = found.staged
+        assert staged is not None
+        again = found.order is not None  # a rollback: it has served before
+        try:
+            seat = await self._loaded(staged.id, staged.revision)
+            identity = await seat.identity()
+            if identity is None:
+                raise GuardError(GuardErrorKind.UNAVAILABLE, "its worker went away")
+            self._identities[seat] = identity
+            active = self.switch.active
+            if active is not None and identity == self._identities.get(active):
+                raise Refused(
+                    f"it calls itself {identity[0]}@{identity[1]}, as the active weights do: no record could "
+                    "tell them apart"
+                )
+            tried: Golden | None = None
+            if not again:
+                tried = await golden.run(seat, self._trials.cases, self._trials.judgings)
+                self.switch.try_out(seat)
+            await self._update(partial(state.ready, id=staged.id, revision=identity[1], golden=tried, at=now()))
+        except (GuardError, ConfigError, Refused, manifest.ManifestError, OSError) as error:
+            why = error.message if isinstance(error, GuardError) else str(error)
+            logger.error("weights: %s could not be staged: %s", staged.revision.says(), why)
+            with contextlib.suppress(Refused):  # it is not staged any more
+                await self._update(partial(state.failed, id=staged.id, why=why, at=now()))
+        self._woken.set()
+
+    async def _loaded(self, id: int, revision: Revision) -> Seat:
+        trial, switch = self._trial, self.switch
+        assert trial is not None
+        if switch.warm is not None and switch.warm.revision.model == revision.model:
+            trial.seat, switch.warm = switch.warm, None
+            return trial.seat
+        self._retire_warm()
+        await asyncio.gather(*self._ending)  # its memory first
+        await self._update(partial(state.loading, id=id))
+        wrong = await _mismatch(revision)
+        if wrong is not None:
+            raise Refused(wrong)
+        trial.seat = self._seat(revision)
+        await trial.seat.start()
+        await trial.seat.wait_ready(READY_SECONDS)
+        return trial.seat
+
+    async def _end_trial(self) -> None:
+        trial, self._trial = self._trial, None
+        assert trial is not None
+        self.switch.try_out(None)
+        trial.task.cancel()
+        await asyncio.gather(trial.task, return_exceptions=True)
+        if trial.seat is not None:
+            self._identities.pop(trial.seat, None)
+            await trial.seat.stop()
+
+    # -- promotion
+
+    async def _carry_out(self, found: State, seat: Seat) -> None:
+        """The order, or why not. The state is written before the first question moves."""
+        staged, order = found.staged, found.order
+        assert staged is not None
+        assert order is not None
+        wrong = await _mismatch(staged.revision)
+        if wrong is not None and not order.force:
+            await self._update(partial(state.declined, why=wrong, at=now()))
+            return
+        if await seat.identity() != self._identities[seat]:
+            await self._update(partial(state.declined, why="its worker cannot moderate now", at=now()))
+            return
+        counts = self.switch.shadow
+
+        def commit(current: State) -> State:
+            return state.promoted(state.shadowed(current, staged.id, counts), at=now(), unchecked=wrong is not None)
+
+        await self._update(commit)
+        self.switch.hand_over(seat)
+        self._trial = None
+        self._warm_until = asyncio.get_running_loop().time() + self._trials.keep
+        self.on_serving(*self._identities[seat])
+        logger.warning("weights: %s serves", seat.revision.says())
+
+    # -- seats
+
+    def _seat(self, revision: Revision) -> Seat:
+        self._seats += 1
+        socket = self._sockets / f"weights-{self._seats}.sock"
+        return Seat(revision, self._command(revision.model, str(socket)), socket, self._exited)
+
+    def _exited(self, seat: Seat, code: int | None) -> None:
+        self._gone[seat] = code
+        self._woken.set()
+
+    async def _learn(self, seat: Seat) -> None:
+        """What the active weights call themselves, once they are loaded."""
+        identity = await seat.identity()
+        if identity is not None and seat is self.switch.active and seat not in self._identities:
+            self._identities[seat] = identity
+            self.on_serving(*identity)
+            await self._update(partial(state.serving, revision=identity[1]))
+
+    def _retire_warm(self) -> None:
+        seat, self.switch.warm = self.switch.warm, None
+        if seat is not None:
+            self._identities.pop(seat, None)
+            self._end(seat.retire())
+
+    def _end(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    # -- the state
+
+    async def _update(self, change: Callable[[State], State]) -> State:
+        found = await asyncio.to_thread(self._directory.update, change)
+        self._tell(found)
+        self._woken.set()
+        return found
+
+    def _tell(self, found: State) -> None:
+        self._state = found
+        for entry in found.history:
+            if entry.number > self._told:
+                self._on_entry(entry)
+        self._told = max(self._told, found.number)
+
+
+async def _mismatch(revision: Revision) -> str | None:
+    """Why the files are not the ones that were staged; None where they are, or where nobody vouched for them."""
+    if revision.sums is None:
+        return None
+    try:
+        found = await asyncio.to_thread(manifest.check, Path(revision.model))
+    except (manifest.ManifestError, OSError) as error:
+        return str(error)
+    return None if found == revision.sums else f"{revision.model}: made again since it was staged"
