@@ -34,7 +34,7 @@ class GuardErrorKind(StrEnum):
     TOO_LONG = "too_long"  # the content exceeds what the guard may be asked to read
     MEDIA = "media"  # an image that the guard could not decode
     READER = "reader"  # the reader of drawn text failed or ran out of time
-    UNSUPPORTED = "unsupported"  # this guard cannot judge in the mode that was asked for
+    UNSUPPORTED = "unsupported"  # this guard cannot judge that, or not in the mode that was asked for
     INTERNAL = "internal"  # a defect; its traceback is in the worker's log
 
 

@@ -1,0 +1,285 @@
+"""A guard that runs elsewhere: ``app.Guard`` on an OpenAI-compatible endpoint, in one of the formats of ``guards``.
+
+For teams that already serve a guard (vLLM, SGLang, any ``/v1/chat/completions``). The worker keeps its socket, its
+deadlines and its metrics; no model and no torch are in its process.
+
+What an endpoint cannot do, and an engine in this process can:
+
+- the server tokenises text, so control strings in a user's words are split visibly (``guards.base.Neutraliser``);
+- the prompt's length in tokens is the server's to know: content past ``max_characters`` is ``too_long`` here, a
+  prompt past the model's context is ``too_long`` when the server says so. A server that cuts prompts in silence
+  (Ollama past ``num_ctx``, SGLang with ``--allow-auto-truncate``) must not be used;
+- the revision names the model, the format and the policy text, not the weights: say ``revision`` when they change;
+- text drawn in images is not read.
+
+Bounds: ``concurrency`` calls at once, ``max_queue`` that wait (more are ``overloaded``), each within the question's
+deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
+from guard_middleware.types import Blob, Conversation, Label, Message, Text, Usage, Verdict
+from guard_middleware.wire import ModerationRequest
+from guard_middleware.worker.completions import Server, score
+from guard_middleware.worker.guards.base import GuardFormat, Modality, Parsed, Question, Target
+from guard_middleware.worker.windows import texts
+
+logger = logging.getLogger(__name__)
+
+_LIST_SECONDS, _WARM_UP_SECONDS = 10.0, 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointOptions:
+    """``url`` is the server's root or its ``/v1``. ``ignore`` is content that the guard does not read and that another
+    guard of an ensemble judges; where it is not ignored, such content is ``GuardError(unsupported)``."""
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    revision: str = ""
+    ignore: frozenset[Modality] = frozenset()
+    concurrency: int = 32
+    max_queue: int = 256
+    max_characters: int = 100_000
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            remedy = "write http://HOST:PORT or https://HOST/v1; a key goes into the variable GUARD_ENDPOINT_KEY"
+            raise ConfigError("--endpoint is not the URL of a server", remedy=remedy)
+
+    @property
+    def base(self) -> str:
+        root = self.url.rstrip("/")
+        return root if root.endswith("/v1") else f"{root}/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One target of one question: its label, the probability of *harmful*, and the rest of what was said with it."""
+
+    target: Target
+    label: Label
+    score: float
+    parsed: Parsed
+
+
+class EndpointGuard:
+    """``app.Guard``. Make it with ``load``; use it from one event loop."""
+
+    def __init__(self, form: GuardFormat, options: EndpointOptions, *, policy: str | None = None) -> None:
+        unread = form.modalities & options.ignore
+        if unread:
+            remedy = "--ignore names what the guard does not read"
+            raise ConfigError(f"{form.name} reads {', '.join(sorted(unread))} and is told not to", remedy=remedy)
+        self._format, self._options, self._logprobs = form, options, True
+        named = json.dumps([form.name, options.model, options.revision, policy])
+        self._revision = hashlib.sha256(named.encode()).hexdigest()[:16]
+        self._turns = asyncio.Semaphore(options.concurrency)
+        self._waiting = self._running = 0
+        self._server = Server(options.base, options.key)
+
+    @property
+    def model(self) -> str:
+        return self._options.model
+
+    @property
+    def revision(self) -> str:
+        return self._revision
+
+    async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
+        """See ``app.Guard``."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        if request.reader:
+            raise GuardError(GuardErrorKind.READER, "an endpoint's worker runs without a reader of drawn text")
+        self._check(request.conversation)
+        mode = request.judging.mode
+        questions = await asyncio.to_thread(self._format.prompt, request.conversation, think=mode == "reason")
+        judged, usage = await self._ask(questions, deadline)
+        if mode == "hybrid" and self._format.thinks:
+            unsure = [one for one in judged if request.judging.low <= one.score <= request.judging.high]
+            if unsure:
+                questions = await asyncio.to_thread(self._format.prompt, request.conversation, think=True)
+                judged, more = await self._ask(questions, deadline)
+                usage = _sum([usage, more])
+        return self._verdict(request, judged, usage, loop.time() - started)
+
+    def gauges(self) -> Mapping[str, float]:
+        return {"queue_depth": self._waiting, "running": self._running}
+
+    def stalled(self) -> float:
+        return 0.0  # nothing runs here
+
+    async def aclose(self) -> None:
+        await self._server.aclose()
+
+    async def warm_up(self) -> None:
+        """The model's name and one real verdict; raises ``ConfigError`` for what an operator can put right.
+
+        A server that refuses log probabilities is asked without them from then on.
+        """
+        await self._find_model()
+        part = Text("Hello, how are you?") if "text" in self._format.modalities else Blob("image/png", _white())
+        questions = self._format.prompt(Conversation((Message("user", (part,)),)))
+        for self._logprobs in (True, False):
+            try:
+                await self._ask(questions, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
+            except GuardError as error:
+                if error.kind is GuardErrorKind.INTERNAL:
+                    refused = error
+                    continue
+                if error.kind not in (GuardErrorKind.UNPARSEABLE, GuardErrorKind.TRUNCATED):
+                    raise
+                logger.warning("the warm-up gave no verdict: %s", error)
+            if not self._logprobs:
+                logger.warning("the endpoint gives no log probabilities: scores are 0 or 1")
+            return
+        remedy = f"check that it serves {self.model} for chat completions, and its log"
+        raise ConfigError(f"the endpoint refuses questions: {refused.message}", remedy=remedy)
+
+    async def _find_model(self) -> None:
+        """A server that does not list its models is taken at its word."""
+        try:
+            async with asyncio.timeout(_LIST_SECONDS):
+                status, served = await self._server.models()
+        except TimeoutError:
+            raise GuardError(GuardErrorKind.UNAVAILABLE, "the endpoint does not answer") from None
+        if status in (401, 403):
+            raise ConfigError("the endpoint wants a key", remedy="set the variable GUARD_ENDPOINT_KEY")
+        if served and self.model not in served:
+            remedy = f"--endpoint-model is one of {', '.join(served[:10])}"
+            raise ConfigError(f"the endpoint serves no model {self.model!r}", remedy=remedy)
+
+    def _check(self, conversation: Conversation) -> None:
+        readable = self._format.modalities | self._options.ignore
+        if conversation.blobs() and "image" not in readable:
+            raise GuardError(GuardErrorKind.UNSUPPORTED, f"{self._format.name} reads no images")
+        if "text" not in readable and any(text.strip() for text in texts(conversation)):
+            raise GuardError(GuardErrorKind.UNSUPPORTED, f"{self._format.name} reads no text")
+        characters = sum(map(len, texts(conversation)))
+        if characters > self._options.max_characters:
+            raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")
+
+    async def _ask(self, questions: Sequence[Question], deadline: float) -> tuple[list[Judged], Usage]:
+        """What all questions found, or the first error.
+
+        A harmful answer stands whatever failed beside it, and so does a harmful request that is asked about alone;
+        where the request's own label is what failed, it shares the answer's.
+        """
+        if self._waiting and self._waiting + len(questions) > self._options.max_queue:
+            raise GuardError(GuardErrorKind.OVERLOADED, "too many questions wait for the endpoint", retry_after=1.0)
+        outcomes = await asyncio.gather(*(self._ask_one(question, deadline) for question in questions))
+        errors = [one for one in outcomes if isinstance(one, GuardError)]
+        answers = [one for one in outcomes if not isinstance(one, GuardError)]
+        judged = [finding for found, _ in answers for finding in found]
+        if errors:
+            asked = "response" if any("response" in question.targets for question in questions) else "request"
+            found = [one for one in judged if one.target == asked and one.label == "harmful"]
+            if not found:
+                raise errors[0]
+            if _merged(judged, "request") is None:
+                judged.append(replace(found[0], target="request"))
+        return judged, _sum(usage for _, usage in answers)
+
+    async def _ask_one(self, question: Question, deadline: float) -> tuple[list[Judged], Usage] | GuardError:
+        try:
+            async with asyncio.timeout_at(deadline):
+                self._waiting += 1
+                try:
+                    await self._turns.acquire()
+                finally:
+                    self._waiting -= 1
+                self._running += 1
+                try:
+                    completion = await self._server.complete(question, self.model, logprobs=self._logprobs)
+                finally:
+                    self._running -= 1
+                    self._turns.release()
+            parsed = self._format.parse(completion.output, question)
+        except TimeoutError:
+            return GuardError(GuardErrorKind.TIMEOUT, "no answer of the endpoint before the deadline")
+        except GuardError as error:
+            return error
+        judged = []
+        for finding in parsed.findings:
+            probability = score(completion, finding.at, self._format.words)
+            certain = float(finding.label == "harmful")
+            judged.append(
+                Judged(finding.target, finding.label, certain if probability is None else probability, parsed)
+            )
+        return judged, completion.usage
+
+    def _verdict(self, request: ModerationRequest, judged: Sequence[Judged], usage: Usage, seconds: float) -> Verdict:
+        harmful = [one for one in judged if one.label == "harmful"]
+        reasons = [one.parsed.reasoning for one in (*reversed(harmful), *reversed(judged)) if one.parsed.reasoning]
+        request_label, request_score = _merged(judged, "request") or _IGNORED
+        response_label, response_score = None, None
+        if request.conversation.answer is not None:
+            response_label, response_score = _merged(judged, "response") or _IGNORED
+        return Verdict(
+            request=request_label,
+            response=response_label,
+            request_score=request_score,
+            response_score=response_score,
+            reasoning=reasons[0] if reasons else "",
+            usage=usage,
+            model=self.model,
+            revision=self.revision,
+            categories=tuple(dict.fromkeys(name for one in harmful for name in one.parsed.categories)),
+            timings=(("generate", seconds),),
+            judging=request.judging,
+            thought=bool(reasons),
+        )
+
+
+#: what stands for content that the operator has the guard ignore
+_IGNORED: tuple[Label, float] = ("unharmful", 0.0)
+
+
+def _merged(judged: Iterable[Judged], target: Target) -> tuple[Label, float] | None:
+    """*harmful* if any says so, with the highest score."""
+    found = [one for one in judged if one.target == target]
+    if not found:
+        return None
+    label: Label = "harmful" if any(one.label == "harmful" for one in found) else "unharmful"
+    return label, max(one.score for one in found)
+
+
+async def load(form: GuardFormat, options: EndpointOptions, *, policy: str | None = None) -> EndpointGuard:
+    """A guard that has given one verdict; raises ``ConfigError`` or ``GuardError``."""
+    guard = EndpointGuard(form, options, policy=policy)
+    try:
+        await guard.warm_up()
+    except BaseException:
+        await guard.aclose()
+        raise
+    return guard
+
+
+def _sum(usages: Iterable[Usage]) -> Usage:
+    counted = list(usages)
+    return Usage(
+        prompt=sum(one.prompt for one in counted),
+        completion=sum(one.completion for one in counted),
+        reasoning=sum(one.reasoning for one in counted),
+    )
+
+
+def _white() -> bytes:
+    page = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(page, "PNG")
+    return page.getvalue()
