@@ -11,7 +11,7 @@ Nothing is cut away: content past ``max_input_tokens``, or past ``max_windows`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from guard_middleware.errors import GuardError, GuardErrorKind
@@ -42,19 +42,23 @@ class Judgement:
     usage: Usage
 
 
-def check_characters(conversation: Conversation, model: Model) -> None:
-    """Raises ``GuardError`` (``too_long``) for more text than is worth rendering and encoding at all."""
-    messages = [*conversation.messages, *([conversation.answer] if conversation.answer else [])]
-    texts = [definition.text for definition in conversation.definitions]
-    for message in messages:
-        texts.append(message.name or "")
+def texts(conversation: Conversation) -> Iterator[str]:
+    """Every text that a conversation holds."""
+    for definition in conversation.definitions:
+        yield definition.text
+    for message in [*conversation.messages, *([conversation.answer] if conversation.answer else [])]:
+        yield message.name or ""
         for part in message.parts:
             match part:
                 case Text(text) | Reasoning(text) | ToolCallResponse(_, text):
-                    texts.append(text)
+                    yield text
                 case ToolCall(_, name, arguments):
-                    texts += [name, arguments]
-    characters = sum(map(len, texts))
+                    yield from (name, arguments)
+
+
+def check_characters(conversation: Conversation, model: Model) -> None:
+    """Raises ``GuardError`` (``too_long``) for more text than is worth rendering and encoding at all."""
+    characters = sum(map(len, texts(conversation)))
     if characters > _CHARACTERS_PER_TOKEN * model.facts.max_input_tokens:
         raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")
 
