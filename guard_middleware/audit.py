@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,17 @@ class AuditLog:
         except Exception as error:
             self._lose(f"a record could not be written down ({type(error).__name__})")
             return
+        self._queue(line)
+
+    def note(self, schema: str, value: Mapping[str, Any]) -> None:
+        """Queues a line about something else than a request, without content; its ``schema`` tells it from decisions.
+
+        Never raises, never blocks on the disk."""
+        if self._thread is not None:
+            time = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self._queue(canonical({"schema": schema, "version": __version__, "time": time, **value}) + b"\n")
+
+    def _queue(self, line: bytes) -> None:
         with self._wake:
             fits = not self._closed and self._pending_bytes + len(line) <= self._max_pending
             if fits:

@@ -248,6 +248,23 @@ class Upstream(Section):
         return result
 
 
+class Weights(Section):
+    """Weights that change while the gateway runs; ``worker.model`` serves until the first promotion."""
+
+    directory: str = Field(
+        min_length=1, description="the folder that holds the revisions and says which one serves: /srv/guard-weights"
+    )
+    golden: str | None = Field(
+        default=None, min_length=1, description="a JSONL file of verdicts to keep; left out, the mild set that ships"
+    )
+    shadow: float = Field(
+        default=0.05, ge=0, le=1, description="the share of live questions that staged weights get too, from 0 to 1"
+    )
+    keep: Age = Field(
+        default=600.0, description="an age such as 10m: how long the weights before a promotion stay loaded"
+    )
+
+
 class Worker(Section):
     model: str = Field(default="nano", min_length=1, description="nano, a folder, or a hub id")
     socket: str | None = Field(
@@ -260,6 +277,9 @@ class Worker(Section):
         default=None, description="true or false: whether the gateway starts and restarts the worker"
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the worker, 1 to 256")
+    weights: Weights | None = Field(
+        default=None, description="a mapping, such as {directory: /srv/guard-weights}; left out, `model` alone serves"
+    )
 
     @property
     def managed(self) -> bool:
@@ -274,6 +294,10 @@ class Worker(Section):
             raise refuse("a worker at a URL is started elsewhere", "write manage: false, or use socket", "manage")
         if self.url is not None and self.threads is not None:
             raise refuse("`threads` has no effect on a worker that is started elsewhere", "remove it", "threads")
+        if self.weights is not None and not self.managed:
+            raise refuse("weights of a worker that is started elsewhere", "change what listens there", "weights")
+        if self.weights is not None and self.socket is not None:
+            raise refuse("`socket` beside `weights`: each of two workers needs its own", "remove it", "socket")
         if self.manage is False and self.url is None and self.socket is None:
             raise refuse("a worker that nobody starts and that is nowhere", "write socket or url beside it", "manage")
         return self

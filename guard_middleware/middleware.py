@@ -377,11 +377,11 @@ class _Exchange:
     async def _ask(self, call: Call) -> list[Command]:
         span = self._span.guard_call(call.source, call.choice)
         started = time.perf_counter()
-        outcome = await self._runtime.guard(call.rules).moderate(
-            ModerationRequest(
-                call.id, call.conversation, call.source, call.deadline, call.reader, span.traceparent, call.judging
-            )
+        rules = call.rules
+        question = ModerationRequest(
+            call.id, call.conversation, call.source, rules.deadline, rules.reader, span.traceparent, rules.judging
         )
+        outcome = await self._runtime.guard(rules).moderate(question)
         judged = Judged(call, outcome, time.perf_counter() - started)
         try:
             return self._tx.judged(judged)  # raises where an answer that came before it cannot be screened

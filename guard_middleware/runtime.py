@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from guard_middleware import media
 from guard_middleware.audit import AuditLog
 from guard_middleware.caches import Caches
-from guard_middleware.config import Config
+from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy
 from guard_middleware.dialects.base import Headers, Options
-from guard_middleware.errors import GuardError, GuardErrorKind, RejectKind, RequestRejected
+from guard_middleware.ensemble import EnsembleGuard
+from guard_middleware.errors import GuardError, RejectKind, RequestRejected
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
-from guard_middleware.guard.client import GuardClient
-from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess, worker_command
+from guard_middleware.guard.supervisor import WorkerProcess
+from guard_middleware.guard.workers import Workers
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.types import Blob, Verdict
 from guard_middleware.wire import ModerationRequest
 
-logger = logging.getLogger(__name__)
-
-#: how long a host's start waits for the worker, its own or another's; past it the start fails
-READY_SECONDS = 300.0
 #: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
 _DECODERS = 2
 
@@ -40,7 +35,8 @@ class Guard(Protocol):
 
 
 class Runtime:
-    """Built once per process from a ``Config``; ``guard`` replaces the worker that it would start.
+    """Built once per process from a ``Config``; ``guard`` replaces the worker that it would start, and ``guards`` the
+    named ones.
 
     Raises ``ConfigError`` for what cannot work. ``remote`` says that the wrapped application is an upstream
     elsewhere.
@@ -51,6 +47,7 @@ class Runtime:
         config: Config,
         *,
         guard: Guard | None = None,
+        guards: Mapping[str, Guard] | None = None,
         telemetry: Telemetry | None = None,
         remote: bool = False,
     ) -> None:
@@ -80,49 +77,40 @@ class Runtime:
         self._fetcher = (
             Fetcher(allow=frozenset(config.images.allow), limits=config.limits) if config.images.fetch else None
         )
-        self.worker: WorkerProcess | None = None
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-        self._client: GuardClient | None = None
-        if guard is None:
-            guard = self._client = GuardClient(self._worker_address())
-            self._started = False
-        else:
-            self._started = True
-        self.caches = Caches(config, guard, self.telemetry)
-        #: answers the transaction's questions, from what is known where that is enough
-        self.guard: Guard = self.caches.guard
-        self._starting = asyncio.Lock()
+        given = {**({} if guard is None else {DEFAULT_GUARD: guard}), **(guards or {})}
+        self.workers = Workers({name: at for name, at in config.guards_in_use().items() if name not in given})
+        self.caches = Caches(config, {**given, **self.workers.clients}, self.telemetry)
+
+    @property
+    def worker(self) -> WorkerProcess | None:
+        """The process of the worker in the section ``worker``, where it is ours."""
+        return self.workers.processes.get(DEFAULT_GUARD)
+
+    def guard(self, rules: SourcePolicy) -> Guard:
+        """Whoever answers the questions of one source of a policy, from what is known where that is enough."""
+        if rules.ensemble is None:
+            return self.caches.guards[DEFAULT_GUARD]
+        return EnsembleGuard(rules, self.caches.guards)
 
     async def start(self, *, wait: bool = False) -> None:
-        """Starts the worker where it is ours; ``wait`` returns when it can moderate, or raises ``GuardError``."""
-        if not self._started:
-            async with self._starting:
-                if not self._started and self.worker is not None:
-                    await self.worker.start()
-                self._started = True
-        if wait and self.worker is not None:
-            await self.worker.wait_ready(READY_SECONDS)
-        elif wait:
-            await self._wait_for_other()
+        """Starts the workers that are ours; ``wait`` returns when all can moderate, or raises ``GuardError``."""
+        await self.workers.start()
+        if wait:
+            await self.workers.wait_ready()
 
     async def ready(self) -> bool:
         """Whether a request could be moderated now."""
-        return self._client is None or await self._client.ready()
+        return await self.workers.ready()
 
     async def aclose(self) -> None:
-        """Ends the worker and writes what telemetry and the log still hold."""
+        """Ends the workers and writes what telemetry and the log still hold."""
         await self.caches.aclose()
-        if self._client is not None:
-            await self._client.aclose()
-        if self.worker is not None:
-            await self.worker.stop()
+        await self.workers.aclose()
         if self._fetcher is not None:
             self._fetcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
         await self.telemetry.aclose()
         await self.audit.aclose()
-        if self._directory is not None:
-            self._directory.cleanup()
 
     def public_headers(self, headers: Headers) -> Headers:
         """Without the tenant header, which is between the operator's auth layer and us, however it is spelt."""
@@ -148,46 +136,6 @@ class Runtime:
             raise RequestRejected(RejectKind.FORBIDDEN_URL, "image URLs are not fetched here; send a data: URL")
         return await self._fetcher.fetch(url)
 
-    async def _wait_for_other(self) -> None:
-        """Until the worker that somebody else starts can moderate; raises ``GuardError``."""
-        worker = self.config.worker
-        where, pause = worker.url or worker.socket, 0.05
-        try:
-            async with asyncio.timeout(READY_SECONDS):
-                while not await self.ready():
-                    if pause == 0.05:
-                        logger.warning("waiting for the guard worker at %s", where)
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, 1.0)
-        except TimeoutError:
-            raise GuardError(
-                GuardErrorKind.UNAVAILABLE,
-                f"no guard worker was ready at {where} within {READY_SECONDS:g} s; start `guard-gateway worker` there",
-            ) from None
-
-    def _worker_address(self) -> str:
-        worker = self.config.worker
-        if worker.url is not None:
-            return worker.url
-        if worker.socket is not None:
-            address = worker.socket
-        else:
-            self._directory = tempfile.TemporaryDirectory(prefix="guard-")  # mode 0700
-            address = str(Path(self._directory.name) / "worker.sock")
-        if worker.managed:
-            argv = worker_command(worker.model, address, threads=worker.threads)
-            self.worker = WorkerProcess(argv, address, on_event=_log)
-        return address
-
 
 def _folded(name: bytes) -> bytes:
     return name.lower().replace(b"_", b"-")  # as CGI-style servers read it
-
-
-def _log(event: WorkerEvent) -> None:
-    if event.kind == "log":
-        logger.info("worker %d: %s", event.pid, event.line)
-    elif event.kind == "exited" and event.delay is not None:
-        logger.error("worker %d exited with %s, restarted in %g s", event.pid, event.returncode, event.delay)
-    else:
-        logger.info("worker %d %s", event.pid, event.kind)

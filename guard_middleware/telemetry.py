@@ -116,6 +116,8 @@ class _Instruments:
         )
         self.cache = counter("cache.lookups", "{lookup}", "Questions by what the cache of verdicts knew.")
         self.cache_errors = counter("cache.errors", "{error}", "What a cache in Redis failed at, by kind.")
+        self.shadow = counter("weights.shadow", "{question}", "Live questions put to staged weights too, by agreement.")
+        self.weights = counter("weights.changes", "{change}", "What was done to the weights.")
         self.unscreened = counter("unscreened.bytes", "By", "Answer bytes released without a verdict; must stay 0.")
 
 
@@ -195,6 +197,20 @@ class Telemetry:
         if self.instruments is not None:
             with self.shield:
                 self.instruments.cache.add(1, {"guard_middleware.cache.result": result})
+
+    def shadow(self, result: str, source: Source) -> None:
+        """Counts a question that staged weights answered too: ``agreed``, ``stricter``, ``looser`` or ``failed``."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.shadow.add(
+                    1, {"guard_middleware.weights.result": result, "gen_ai.guardrail.source": source}
+                )
+
+    def weights(self, what: str) -> None:
+        """Counts a change of the weights, such as ``promoted`` (``guard_middleware.weights.state``)."""
+        if self.instruments is not None:
+            with self.shield:
+                self.instruments.weights.add(1, {"guard_middleware.weights.change": what})
 
     def cache_error(self, kind: str) -> None:
         """Counts an operation that failed (``redis``) or an entry that did not verify (``forged``)."""

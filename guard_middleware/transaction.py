@@ -48,7 +48,6 @@ from guard_middleware.types import (
     Basis,
     Conversation,
     GuardCall,
-    Judging,
     Outcome,
     Record,
     Source,
@@ -67,15 +66,12 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One question for the guard, by the ``rules`` of its source; ``deadline`` in seconds from now."""
+    """One question for the guard, by the ``rules`` of its source."""
 
     id: str
     source: Source
     choice: int | None
     conversation: Conversation
-    deadline: float
-    reader: bool | None
-    judging: Judging
     rules: SourcePolicy
 
 
@@ -382,7 +378,7 @@ class Transaction:
         id = f"{self.id}.{source}" if choice is None else f"{self.id}.{source}.{choice}"
         id = id if window is None else f"{id}.w{window.number}"
         self._open[id] = window
-        return Ask(Call(id, source, choice, conversation, policy.deadline, policy.reader, policy.judging, policy))
+        return Ask(Call(id, source, choice, conversation, policy))
 
     def _forward(self, body: bytes) -> Forward:
         self.upstream_called = self._upstream_open = True

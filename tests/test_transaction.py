@@ -107,11 +107,11 @@ def test_each_source_is_judged_in_the_mode_of_its_policy() -> None:
     hybrid = SourcePolicy(mode="hybrid", think_between=(0.2, 0.8))
     tx = transaction(input=hybrid, output=OutputPolicy(mode="label"))
     asked = only(tx.request(parsed()))
-    assert asked.call.judging == Judging("hybrid", 0.2, 0.8)
+    assert asked.call.rules.judging == Judging("hybrid", 0.2, 0.8)
     judge(tx, [asked], verdict())
     tx.upstream_head(200, JSON)
     tx.upstream_data(completion(ANSWER))
-    assert only(tx.upstream_end()).call.judging == Judging("label")
+    assert only(tx.upstream_end()).call.rules.judging == Judging("label")
 
 
 def test_a_harmful_request_never_reaches_the_upstream() -> None:
@@ -289,7 +289,7 @@ def test_out_of_order_feeds_are_defects_and_never_release() -> None:
     tx = transaction()
     with pytest.raises(RuntimeError):
         tx.judged(
-            Judged(Call("gd_1.input", "input", None, parsed().conversation, 1.0, None, Judging()), verdict(), 0.1)
+            Judged(Call("gd_1.input", "input", None, parsed().conversation, SourcePolicy()), verdict(), 0.1)
         )
     tx.request(parsed())
     with pytest.raises(RuntimeError):

@@ -32,7 +32,7 @@ def main() -> None:
 
     runtime = Runtime(settings, remote=True)
     script = str(Path(__file__).with_name("scripted_worker.py"))
-    runtime.worker = WorkerProcess(
+    runtime.workers.processes[config.DEFAULT_GUARD] = WorkerProcess(
         [sys.executable, script, "--socket", socket, "--exit-with-parent"],
         socket,
         on_event=told,
