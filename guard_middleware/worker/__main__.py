@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from guard_middleware.errors import ConfigError
-from guard_middleware.worker import serve
+from guard_middleware.worker import endpoint, serve
 from guard_middleware.worker.app import MAX_FRAME, Guard, Worker
 from guard_middleware.worker.batching import BatchLimits
+from guard_middleware.worker.calibration import Calibration
+from guard_middleware.worker.calibration import read as read_calibration
 from guard_middleware.worker.engine import BatchEngine
+from guard_middleware.worker.guards import NAMES, guard_format
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, Reader, ServiceLimits
 from guard_middleware.worker.weights import resolve
@@ -25,6 +28,9 @@ examples:
       python -m guard_middleware.worker --socket /run/guard/guard.sock
   a published guard from the hub's cache, on TCP
       python -m guard_middleware.worker --model yueliu1999/GuardReasoner-VL-Eco-3B --port 9000
+  a guard that a server beside it runs (docs/guards.md); no torch is needed here
+      python -m guard_middleware.worker --socket /run/guard/guard.sock --endpoint http://127.0.0.1:8000 \\
+          --endpoint-model Qwen/Qwen3Guard-Gen-4B --guard-format qwen3guard-gen
 
 It prints `worker ready model=... revision=... socket=...` on stdout when it can moderate. Ask it how it is:
       curl --unix-socket /run/guard/guard.sock http://worker/ready      (also /health and /metrics)
@@ -66,6 +72,24 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="read text drawn in images (default: as the model's guard.json says); needs the ocr extra",
     )
+    load.add_argument(
+        "--calibration",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scores as the model's calibration.json says; --no-calibration gives its own (default: --calibration)",
+    )
+    remote = cli.add_argument_group("a guard that an OpenAI-compatible endpoint runs, instead of --model")
+    remote.add_argument("--endpoint", metavar="URL", help="its root or /v1; a key is read from GUARD_ENDPOINT_KEY")
+    remote.add_argument("--endpoint-model", metavar="NAME", help="the model's name there")
+    remote.add_argument("--guard-format", choices=NAMES, help="the published prompt and output that the model has")
+    remote.add_argument("--policy-text", type=Path, metavar="FILE", help="your policy, for formats that take one")
+    remote.add_argument("--endpoint-revision", default="", metavar="TEXT", help="say another when its weights change")
+    remote.add_argument(
+        "--ignore",
+        choices=["text", "image"],
+        help="content that this guard does not read and another of your ensemble does (default: refused)",
+    )
+    remote.add_argument("--endpoint-concurrency", type=_positive, default=32, help="calls at once (default: 32)")
     run = cli.add_argument_group("how it runs")
     run.add_argument(
         "--stall-seconds",
@@ -87,11 +111,15 @@ def _positive(text: str) -> int:
     return value
 
 
-async def load(options: argparse.Namespace, metrics: Metrics) -> GuardService:
+async def load(options: argparse.Namespace, metrics: Metrics) -> Guard:
     """The model and its reader on a thread (which may fetch the weights first), then one real verdict."""
-    engine, reader, read_by_default = await asyncio.to_thread(_build, options)
+    if options.endpoint is not None:
+        return await _remote(options)
+    engine, reader, read_by_default, calibration = await asyncio.to_thread(_build, options)
     limits = ServiceLimits(BatchLimits(options.max_batch, options.max_queue, options.max_queue_tokens))
-    service = GuardService(engine, metrics, reader=reader, read_by_default=read_by_default, limits=limits)
+    service = GuardService(
+        engine, metrics, reader=reader, read_by_default=read_by_default, calibration=calibration, limits=limits
+    )
     try:
         await service.warm_up()
     except BaseException:
@@ -100,8 +128,32 @@ async def load(options: argparse.Namespace, metrics: Metrics) -> GuardService:
     return service
 
 
-def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, bool]:
+async def _remote(options: argparse.Namespace) -> Guard:
+    if options.endpoint_model is None or options.guard_format is None:
+        remedy = "add --endpoint-model NAME and --guard-format NAME"
+        raise ConfigError("--endpoint needs to know the model and its format", remedy=remedy)
+    if options.reader:
+        raise ConfigError("an endpoint's worker does not read drawn text", remedy="leave --reader out")
+    try:
+        policy = None if options.policy_text is None else options.policy_text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "--policy-text names a file of UTF-8 text"
+        raise ConfigError(f"the policy text cannot be read ({error})", remedy=remedy) from None
+    remote = endpoint.EndpointOptions(
+        options.endpoint,
+        options.endpoint_model,
+        key=os.environ.get("GUARD_ENDPOINT_KEY"),
+        revision=options.endpoint_revision,
+        ignore=frozenset([options.ignore]) if options.ignore else frozenset(),
+        concurrency=options.endpoint_concurrency,
+        max_queue=options.max_queue,
+    )
+    return await endpoint.load(guard_format(options.guard_format, policy), remote, policy=policy)
+
+
+def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, bool, Calibration]:
     weights = resolve(options.model)
+    calibration = read_calibration(weights.folder, weights.facts.revision) if options.calibration else Calibration()
     try:
         import torch
 
@@ -121,7 +173,7 @@ def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, boo
                 raise
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return TransformersEngine(weights, max_batch=options.max_batch), reader, read_by_default
+    return TransformersEngine(weights, max_batch=options.max_batch), reader, read_by_default, calibration
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""From a question to a verdict: read drawn text, plan the prompts, have them run, read the outputs, merge them.
+"""From a question to a verdict: read drawn text, plan the prompts, have them run and read (``cascade``), merge them.
 
 What blocks runs on threads: reading on two of its own (the reader takes one image at a time, and a cached image need
 not wait for it), planning (tokenising, image headers) on a small pool, the engine on the runner's.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,11 +17,13 @@ from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.prompt import render
 from guard_middleware.types import Blob, Conversation, Message, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
-from guard_middleware.worker.batching import BatchLimits
+from guard_middleware.worker.batching import BatchLimits, Ran
+from guard_middleware.worker.calibration import Calibration
+from guard_middleware.worker.cascade import Planned, cascade
 from guard_middleware.worker.continuous import runner
-from guard_middleware.worker.engine import BatchEngine, Engine, Generation, GuardPrompt
+from guard_middleware.worker.engine import BatchEngine, Engine, Generation
 from guard_middleware.worker.metrics import Metrics
-from guard_middleware.worker.windows import Judgement, check_characters, judge, merge, plan
+from guard_middleware.worker.windows import check_characters, merge, plan
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,13 @@ class GuardService:
         *,
         reader: Reader | None = None,
         read_by_default: bool = False,
+        calibration: Calibration | None = None,
         limits: ServiceLimits | None = None,
     ) -> None:
         if read_by_default and reader is None:
             raise ValueError("reading by default needs a reader")
         self._engine, self._reader, self._read_by_default = engine, reader, read_by_default
+        self._calibration = calibration or Calibration()
         self._limits = limits or ServiceLimits()
         self._runner = runner(engine, self._limits.batching, metrics)
         self._reading = 0
@@ -76,7 +80,7 @@ class GuardService:
 
     @property
     def revision(self) -> str:
-        return self._engine.facts.revision
+        return self._calibration.revision(self._engine.facts.revision)
 
     async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
         """See ``app.Guard``."""
@@ -91,12 +95,12 @@ class GuardService:
         read = loop.time()
         prompts = await loop.run_in_executor(self._plan_pool, self._plan, conversation, drawn)
         planned = loop.time()
-        ran = await self._runner.submit(prompts, deadline, _PRIORITY[request.source])
-        outcomes = [
-            one.result if isinstance(one.result, GuardError) else _judge(prompt, one.result)
-            for (prompt, _), one in zip(prompts, ran, strict=True)
-        ]
-        judgement = merge(outcomes, answered=conversation.answer is not None)
+
+        def run(prompts: Sequence[Planned]) -> Awaitable[list[Ran[Generation]]]:
+            return self._runner.submit(prompts, deadline, _PRIORITY[request.source])
+
+        judged = await cascade(prompts, request.judging, run, self._calibration)
+        judgement = merge(judged.outcomes, answered=conversation.answer is not None)
         return Verdict(
             request=judgement.request,
             response=judgement.response,
@@ -110,9 +114,11 @@ class GuardService:
             timings=(
                 ("reader", read - started),
                 ("plan", planned - read),
-                ("queue", max(one.queue_seconds for one in ran)),
-                ("generate", max(one.run_seconds for one in ran)),
+                ("queue", judged.queue_seconds),
+                ("generate", judged.run_seconds),
             ),
+            judging=request.judging,
+            thought=judged.thought,
         )
 
     async def warm_up(self) -> None:
@@ -168,15 +174,8 @@ class GuardService:
         found = dict(zip(images, texts, strict=True))
         return tuple(found[blob.digest] for blob in blobs)
 
-    def _plan(self, conversation: Conversation, drawn: tuple[str, ...]) -> list[tuple[GuardPrompt, int]]:
+    def _plan(self, conversation: Conversation, drawn: tuple[str, ...]) -> list[Planned]:
         check_characters(conversation, self._engine)
         images = [blob.data for blob in conversation.blobs()]
         prompts = plan(render(conversation, drawn), images, self._engine)
         return [(prompt, len(prompt.ids) + sum(map(self._engine.image_tokens, prompt.images))) for prompt in prompts]
-
-
-def _judge(prompt: GuardPrompt, generation: Generation) -> Judgement | GuardError:
-    try:
-        return judge(prompt, generation)
-    except GuardError as error:
-        return error
