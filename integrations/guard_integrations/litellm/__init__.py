@@ -10,7 +10,8 @@
 
 ``guardrail`` holds LiteLLM's hooks, ``turn`` one request as it goes through the guard, ``wire`` and ``streams`` the way
 between LiteLLM's objects and the bytes of the APIs, ``settings`` what is configured and the one ``Runtime`` of a
-process. What is allowed is decided in ``guard_middleware`` and nowhere here. ``sdk`` is for programs that call LiteLLM without its proxy.
+process. For programs that call LiteLLM without its proxy, ``sdk`` holds ``install()``, and ``callback`` what LiteLLM's
+callbacks reach. What is allowed is decided in ``guard_middleware`` and nowhere here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from guard_integrations.litellm.callback import GuardCallback
     from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
     from guard_integrations.litellm.sdk import install, uninstall
 
-__all__ = ["GuardMiddlewareGuardrail", "install", "uninstall"]
+__all__ = ["GuardCallback", "GuardMiddlewareGuardrail", "install", "uninstall"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from guard_integrations.litellm.guardrail import GuardMiddlewareGuardrail
 
         return GuardMiddlewareGuardrail
+    if name == "GuardCallback":
+        from guard_integrations.litellm.callback import GuardCallback
+
+        return GuardCallback
     if name in ("install", "uninstall"):
         from guard_integrations.litellm import sdk
 

@@ -10,7 +10,7 @@ Refuses (``Unreadable``): arguments that are no JSON, and two values for one fie
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -39,16 +39,17 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """``arguments`` by name; ``body`` is what of them the guard judges."""
+    """``arguments`` by name; ``body`` is what of them the guard judges, as JSON."""
 
     route: wire.Route
     arguments: Mapping[str, Any]
-    body: Mapping[str, Any]
+    judged: frozenset[str]
+    body: bytes
 
     @classmethod
-    def of(cls, route: wire.Route, function: Callable[..., Any], args: Any, kwargs: Any) -> Call:
+    def of(cls, route: wire.Route, signature: inspect.Signature, args: Any, kwargs: Mapping[str, Any]) -> Call:
         """Raises ``Unreadable``, and ``TypeError`` where Python would."""
-        arguments = _named(inspect.signature(function), args, kwargs)
+        arguments = _named(signature, args, kwargs)
         if route is wire.COMPLETIONS and arguments.get("model") is None and "engine" in arguments:
             arguments["model"] = arguments.pop("engine")
         if route is wire.RESPONSES and arguments.get("text_format") is not None:
@@ -58,30 +59,33 @@ class Call:
         extra = body.pop("extra_body", {})
         if not isinstance(extra, dict) or extra.keys() & arguments.keys():
             raise Unreadable("extra_body is no mapping, or repeats an argument: give each field once")
-        body |= extra
         fallbacks = arguments.get("fallbacks") or []
         if not isinstance(fallbacks, list) or not all(_names_a_model(fallback) for fallback in fallbacks):
             raise Unreadable("fallbacks may name models; a fallback with a prompt of its own is not read by the guard")
-        return cls(route, arguments, body)
+        return cls(route, arguments, frozenset(body), _encoded({**body, **extra}))
 
     @property
     def model(self) -> str:
         return str(self.arguments.get("model") or "")
 
-    def encode(self) -> bytes:
-        """The body as JSON; raises ``Unreadable``."""
-        try:
-            return wire.encode({name: _schema(value) for name, value in self.body.items()})
-        except TypeError as error:
-            raise Unreadable(f"an argument is no JSON ({error}), so that the guard cannot read it") from None
+    @property
+    def streams(self) -> bool:
+        return self.arguments.get("stream") is True
 
-    def with_judged(self, judged: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with ``judged`` in place of the body that was judged."""
+    def with_judged(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the body that was judged in place of the one that was given."""
         extra = self.arguments.get("extra_body") or {}
-        given = {name: value for name, value in self.arguments.items() if name not in self.body}
+        given = {name: value for name, value in self.arguments.items() if name not in self.judged}
         if extra:
-            given["extra_body"] = {name: value for name, value in judged.items() if name in extra}
-        return given | {name: value for name, value in judged.items() if name not in extra}
+            given["extra_body"] = {name: value for name, value in body.items() if name in extra}
+        return given | {name: value for name, value in body.items() if name not in extra}
+
+
+def _encoded(body: Mapping[str, Any]) -> bytes:
+    try:
+        return wire.encode({name: _schema(value) for name, value in body.items()})
+    except TypeError as error:
+        raise Unreadable(f"an argument is no JSON ({error}), so that the guard cannot read it") from None
 
 
 def _named(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -124,8 +128,3 @@ def _text_format(text_format: Any, text: Any) -> Any:
     from litellm.responses.utils import ResponsesAPIRequestUtils
 
     return ResponsesAPIRequestUtils.convert_text_format_to_text_param(text_format=text_format, text=text)
-
-
-def unread(names: Mapping[str, Any]) -> Iterator[str]:
-    """Names of LiteLLM's calls that no dialect reads."""
-    return (name for name in names if wire.by_call(name) is None)

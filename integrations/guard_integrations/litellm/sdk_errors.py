@@ -54,6 +54,11 @@ def of(answer: Whole, model: str) -> Exception:
     return _error(answer.status, answer.headers, _inner(_json(answer.body)), model)
 
 
+def is_block(answer: Whole) -> bool:
+    """Whether the policy blocks, by whichever of its shapes."""
+    return dict(answer.headers).get(ACTION) == b"block"
+
+
 def in_stream(event: Any, model: str) -> Exception | None:
     """The exception for an event that carries an error in place of an answer."""
     if not isinstance(event, dict) or "choices" in event:
@@ -78,13 +83,8 @@ def unreadable(message: str, model: str) -> Exception:
     return GuardRefused(message, model, PROVIDER)
 
 
-def is_upstreams(error: Exception) -> bool:
-    """Whether the error only repeats what LiteLLM itself has raised."""
-    return isinstance(error, AnswerUnreadable)
-
-
-def shown_so_far(error: Exception, shown: str) -> Exception:
-    """LiteLLM's error of a stream, which a Router continues elsewhere from what the caller really has."""
+def after(error: Exception, shown: str) -> Exception:
+    """LiteLLM's error of a stream, from which a Router goes on elsewhere after what the caller really has."""
     if isinstance(error, MidStreamFallbackError):
         error.generated_content, error.is_pre_first_chunk = shown, not shown
     return error

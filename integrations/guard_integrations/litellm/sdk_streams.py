@@ -7,22 +7,28 @@ has, except what that has read and not shown (``chunks``, ``completed_response``
 from __future__ import annotations
 
 import inspect
+import uuid
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from functools import cache
+from datetime import datetime
 from typing import Any, Final
 
+import httpx
 import orjson
 
 from guard_integrations.litellm import sdk_errors, wire
-from guard_integrations.litellm.portal import Host, OnGuard, Portal, Steps
+from guard_integrations.litellm.calls import Call
 from guard_integrations.litellm.relay import Relay, Turn, Whole
+from guard_integrations.litellm.steps import GuardLoop, Host, OnGuard, Steps
 from guard_integrations.litellm.streams import Stream
 from guard_middleware import sse
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 
 _DONE: Final = "[DONE]"
+#: of one released event: a held answer may leave in one
+_EVENT_BYTES: Final = 64 * 1024 * 1024
+_KINDS: Final[dict[Any, Any]] = {}
 #: what LiteLLM's streams keep of their content
 _READ: Final = {
     "chunks": list, "response_uptil_now": str, "complete_response": str, "holding_chunk": str, "thinking_content": str,
@@ -32,18 +38,29 @@ _READ: Final = {
 
 
 class Pump:
-    """Reads ``source`` where the guard wants more, and makes objects of what it released."""
+    """Reads ``source`` where the guard wants more, and makes objects of what it released.
 
-    def __init__(self, portal: Portal, relay: Relay, route: wire.Route, source: Any, model: str) -> None:
-        self._portal, self._relay, self._route, self._source, self._model = portal, relay, route, source, model
-        self._stream = Stream(route, source)
-        self._decoder = sse.Decoder(max_event_bytes=64 * 1024 * 1024)
+    ``chunks`` and ``shown`` are the objects and the text that the caller has so far.
+    """
+
+    def __init__(self, loop: GuardLoop, relay: Relay, call: Call, source: Any) -> None:
+        self._loop, self._relay, self._route, self._source, self._model = loop, relay, call.route, source, call.model
+        self._stream = Stream(call.route, source)
+        self._decoder = sse.Decoder(max_event_bytes=_EVENT_BYTES)
         self._ready: deque[Any] = deque()
-        self._failure: Exception | None = None
-        self._over = False
-        self._read_out = False
+        self._upstreams: Exception | None = None
+        self._error: Exception | None = None
+        self._over = self._read_out = False
+        self.chunks: list[Any] = []
         self.shown = ""
-        self.on_item: Callable[[Any], None] = lambda item: None
+
+    @classmethod
+    def of(cls, loop: GuardLoop, relay: Relay, call: Call, events: bytes) -> Pump:
+        """One that has all its events."""
+        pump = cls(loop, relay, call, None)
+        pump._ready.extend(pump._objects(events))
+        pump._over = pump._read_out = True
+        return pump
 
     def next(self, pull: Callable[[Any, Turn], Any]) -> Steps[Any]:
         """Steps to the next object, or ``END``; ``pull`` is ``next`` or ``anext``."""
@@ -55,25 +72,26 @@ class Pump:
                 if piece is Turn.MORE:
                     given = yield from self._pull(pull)
                 elif piece is Turn.END:
-                    self._over = True
+                    self._over, self._error = True, self._upstreams
                 else:
                     self._ready.extend(self._objects(piece))
-        except Whole as whole:
-            raise self._ended(sdk_errors.of(whole, self._model)) from None
-        except UpstreamError as error:
-            raise self._ended(sdk_errors.broken(error, self._model)) from None
+        except Exception as error:
+            self._over, self._error = True, self._raised(error)
         except BaseException:
             self.abandon()
             raise
         if self._ready:
             item = self._ready.popleft()
-            self.on_item(item)
+            self.chunks.append(item)
+            self.shown += _text(item)
             return item
-        if self._failure is not None:
-            raise self._ended(self._failure)
         yield OnGuard(self._relay.close())
         if not self._read_out:  # cut: the rest of the upstream's answer is for nobody
+            self._read_out = True
             yield Host(self._close_source if pull is next else self._aclose_source)
+        if self._error is not None:
+            raised, self._error = self._error, None
+            raise raised from None
         return Turn.END
 
     def _pull(self, pull: Callable[[Any, Turn], Any]) -> Steps[bytes | UpstreamError | Turn]:
@@ -82,15 +100,11 @@ class Pump:
         try:
             item = yield Host(lambda: pull(self._source, Turn.END))
         except Exception as error:
-            self._failure = error
+            self._upstreams = error
             return UpstreamError(UpstreamErrorKind.RESET, "the stream failed")
-        if item is not Turn.END:
-            return self._encode(item)
-        self._read_out = True
-        chat = self._route in (wire.CHAT, wire.COMPLETIONS)
-        return sse.encode(_DONE) if chat else Turn.END
-
-    def _encode(self, item: Any) -> bytes | UpstreamError:
+        if item is Turn.END:
+            self._read_out = True
+            return sse.encode(_DONE) if self._route in (wire.CHAT, wire.COMPLETIONS) else Turn.END
         self._stream._first = self._stream._first or item
         try:
             return self._stream._bytes(item)
@@ -104,33 +118,33 @@ class Pump:
             value = orjson.loads(event.data)
             if (error := sdk_errors.in_stream(value, self._model)) is not None:
                 raise error
-            if self._route is wire.MESSAGES:
-                yield sse.encode(event.data, event.event)
-            else:
-                yield self._stream._object(value)
+            yield sse.encode(event.data, event.event) if self._route is wire.MESSAGES else self._stream._object(value)
 
-    def _ended(self, error: Exception) -> Exception:
-        """The error to raise: the upstream's own where that is why the guard has nothing to release."""
-        self._over = True
-        self.abandon()
-        if self._failure is None or not sdk_errors.is_upstreams(error):
-            return error
-        return sdk_errors.shown_so_far(self._failure, self.shown)
+    def _raised(self, error: Exception) -> Exception:
+        """The error for the caller: LiteLLM's own where that is why the guard has nothing to release."""
+        if isinstance(error, Whole):
+            error = sdk_errors.of(error, self._model)
+        elif isinstance(error, UpstreamError):
+            error = sdk_errors.broken(error, self._model)
+        if self._upstreams is not None and isinstance(error, sdk_errors.AnswerUnreadable):
+            return sdk_errors.after(self._upstreams, self.shown)
+        return error
 
     def abandon(self) -> None:
         """Ends the exchange without waiting for it."""
-        self._portal.start(self._relay.close())
+        self._over = True
+        self._loop.begin(self._relay.close())
 
     def close(self) -> None:
-        self._over = True
+        self._over = self._read_out = True
         self._ready.clear()
-        self._portal.call(self._relay.close())
+        self._loop.call(self._relay.close())
         self._close_source()
 
     async def aclose(self) -> None:
-        self._over = True
+        self._over = self._read_out = True
         self._ready.clear()
-        await self._portal.acall(self._relay.close())
+        await self._loop.acall(self._relay.close())
         await self._aclose_source()
 
     def _close_source(self) -> None:
@@ -146,10 +160,10 @@ class Pump:
                     await closed
 
     def sync_next(self) -> Any:
-        return self._portal.run(self.next(next))
+        return self._loop.run(self.next(next))
 
     async def async_next(self) -> Any:
-        return await self._portal.arun(self.next(anext))
+        return await self._loop.arun(self.next(anext))
 
 
 def _held(source: Any) -> Iterator[Any]:
@@ -188,9 +202,10 @@ class _Guarded:
         await self._guard.aclose()
 
 
-@cache
 def _over(kind: Any) -> Any:
-    return type(kind.__name__, (_Guarded, kind), {"__module__": kind.__module__})
+    if kind not in _KINDS:
+        _KINDS[kind] = type(kind.__name__, (_Guarded, kind), {"__module__": kind.__module__})
+    return _KINDS[kind]
 
 
 def guarded(source: Any, pump: Pump) -> Any:
@@ -204,16 +219,53 @@ def guarded(source: Any, pump: Pump) -> Any:
     for name, empty in _READ.items():
         if name in stream.__dict__:
             stream.__dict__[name] = None if empty is None else empty()
+    if "chunks" in stream.__dict__:
+        stream.chunks = pump.chunks
     stream._guard = pump
-    chunks = stream.__dict__.get("chunks")
-
-    def item_shown(item: Any) -> None:
-        if chunks is not None:
-            chunks.append(item)
-
-    pump.on_item = item_shown
     weakref.finalize(stream, pump.abandon)
     return stream
+
+
+def refusing(call: Call, pump: Pump) -> Any:
+    """A stream of the guard's own, of the type that LiteLLM would have made."""
+    from litellm.litellm_core_utils.litellm_logging import Logging
+
+    logging = Logging(
+        model=call.model,
+        messages=[],
+        stream=True,
+        call_type="completion",
+        start_time=datetime.now(),  # as LiteLLM does: local and without a zone
+        litellm_call_id=str(uuid.uuid4()),
+        function_id="",
+    )
+    source: Any
+    if call.route is wire.CHAT:
+        from litellm import CustomStreamWrapper
+
+        source = CustomStreamWrapper(None, call.model, logging)
+    elif call.route is wire.COMPLETIONS:
+        from litellm.utils import TextCompletionStreamWrapper
+
+        source = TextCompletionStreamWrapper(None, call.model)
+    elif call.route is wire.RESPONSES:
+        from litellm.responses.streaming_iterator import BaseResponsesAPIStreamingIterator
+
+        source = BaseResponsesAPIStreamingIterator(httpx.Response(200), call.model, None, logging)
+    else:
+        source = _Empty()
+    return guarded(source, pump)
+
+
+class _Empty:
+    """LiteLLM's streams of the Messages API are plain iterators."""
+
+
+def _text(item: Any) -> str:
+    """What a chunk shows, where LiteLLM would go on from it elsewhere."""
+    for choice in getattr(item, "choices", None) or ():
+        return str(getattr(getattr(choice, "delta", None), "content", None) or "")
+    return str(getattr(item, "delta", None) or "")
 
 
 def _generator(pump: Pump) -> Iterator[Any]:

@@ -220,14 +220,9 @@ def use(mode: str, config: str) -> None:
 
         install(config)
     elif mode == "callbacks":
-        from guard_integrations.litellm import GuardMiddlewareGuardrail
+        from guard_integrations.litellm import GuardCallback
 
-        events = ["pre_call", "post_call"]
-        litellm.callbacks = [
-            GuardMiddlewareGuardrail(
-                guardrail_name="guard", event_hook=events, default_on=True, guard_config=config
-            )
-        ]  # fmt: skip
+        litellm.callbacks = [GuardCallback(config)]
 
 
 def main() -> None:

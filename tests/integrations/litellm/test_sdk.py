@@ -27,8 +27,8 @@ CASES: Mapping[str, tuple[str, str]] = {
     "prompt": ("good", stage.HARM),
     "answer": ("bad", "How long does bread take?"),
 }
-#: how the guard gets in -> what each call is given for it
-MODES: Mapping[str, dict[str, Any]] = {"install": {}, "callbacks": {"guardrails": ["guard"]}}
+#: how the guard gets in
+MODES = ("callbacks", "install")
 _numbers = iter(range(10**6))
 
 
@@ -84,7 +84,7 @@ class Application:
             for call in CALLS
             for case, (answer, prompt) in CASES.items()
         ]
-        given = {"mode": mode, "config": self.config(), "url": self.upstream.url, "options": MODES[mode], "jobs": jobs}
+        given = {"mode": mode, "config": self.config(), "url": self.upstream.url, "options": {}, "jobs": jobs}
         results = self.run("sdk_driver.py", given)
         assert len(results) == len(jobs)
         return {(r["call"], r["case"]): Saw(r["shown"], r["error"], self.upstream.of(r["model"])) for r in results}
@@ -131,7 +131,7 @@ def said(saw: Saw) -> list[str]:
 def covered(saw: Mapping[tuple[str, str], Saw], call: str) -> Sequence[str]:
     """Two cells: what becomes of a harmful prompt, and of a harmful answer."""
     if (allowed := saw[call, "allowed"]).error is not None or "oven" not in "".join(said(allowed)):
-        return ("unusable", "unusable")
+        return ("refused", "refused")
     prompt, answer = saw[call, "prompt"], saw[call, "answer"]
     return (
         "**passes**" if prompt.upstream else "blocked",
@@ -148,7 +148,7 @@ def test_the_documentation_says_what_was_measured(
     ]
     for call, api in CALLS.items():
         by = {mode: covered(played(mode), call) for mode in MODES}
-        cells = [by[mode][side] for side in (0, 1) for mode in ("callbacks", "install")]
+        cells = [by[mode][side] for side in (0, 1) for mode in MODES]
         lines.append(f"| `{call}` | `{api}` | " + " | ".join(cells) + " |")
     text = DOCS.read_text("utf-8")
     begin, end = "<!-- measured -->", "<!-- end -->"
