@@ -1,4 +1,4 @@
-"""``guard-gateway``: serve, demo, check, worker, policy explain."""
+"""``guard-gateway``: serve, demo, check, worker, weights, policy explain."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from guard_middleware import __version__, cases, check, config, proxy
 from guard_middleware.errors import ConfigError, GuardError, GuardMiddlewareError
 from guard_middleware.policy import PolicySet, explain
+from guard_middleware.weights import commands as weights
 
 _EPILOG = """examples:
   guard-gateway demo                                            a tour with everything on this machine
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     explained.add_argument("--untrusted-peer", action="store_true", help="as if it came from outside trusted_proxies")
     explained.add_argument("--json", action="store_true", help="for a script")
     explained.set_defaults(run=_explain)
+    weights.add(commands)
     return parser
 
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from typing import Protocol
 
 from guard_middleware import media
 from guard_middleware.audit import AuditLog
 from guard_middleware.caches import Caches
-from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy
+from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy, Weights, Worker
 from guard_middleware.dialects.base import Headers, Options
 from guard_middleware.ensemble import EnsembleGuard
 from guard_middleware.errors import GuardError, RejectKind, RequestRejected
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
-from guard_middleware.guard.supervisor import WorkerProcess
+from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.guard.workers import Workers
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.types import Blob, Verdict
+from guard_middleware.weights import golden
+from guard_middleware.weights.directory import WeightsDirectory
+from guard_middleware.weights.follower import Follower, Trials
+from guard_middleware.weights.seats import Compared
+from guard_middleware.weights.state import Entry
 from guard_middleware.wire import ModerationRequest
 
 #: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
@@ -78,8 +85,15 @@ class Runtime:
             Fetcher(allow=frozenset(config.images.allow), limits=config.limits) if config.images.fetch else None
         )
         given = {**({} if guard is None else {DEFAULT_GUARD: guard}), **(guards or {})}
-        self.workers = Workers({name: at for name, at in config.guards_in_use().items() if name not in given})
-        self.caches = Caches(config, {**given, **self.workers.clients}, self.telemetry)
+        places = {name: at for name, at in config.guards_in_use().items() if name not in given}
+        self.workers = Workers({name: at for name, at in places.items() if at.weights is None})
+        #: by name, the guards whose weights can change
+        self.weights = {name: self._follower(name, at, at.weights) for name, at in places.items() if at.weights}
+        self.caches = Caches(config, {**given, **self.workers.clients, **self.weights}, self.telemetry)
+        for name, client in self.workers.clients.items():
+            client.on_lost = self.caches.guards[name].unknown
+        for name, follower in self.weights.items():
+            follower.on_serving = self.caches.guards[name].serving
 
     @property
     def worker(self) -> WorkerProcess | None:
@@ -95,17 +109,23 @@ class Runtime:
     async def start(self, *, wait: bool = False) -> None:
         """Starts the workers that are ours; ``wait`` returns when all can moderate, or raises ``GuardError``."""
         await self.workers.start()
+        for follower in self.weights.values():
+            await follower.start()
         if wait:
             await self.workers.wait_ready()
+            for follower in self.weights.values():
+                await follower.wait_ready()
 
     async def ready(self) -> bool:
         """Whether a request could be moderated now."""
-        return await self.workers.ready()
+        return await self.workers.ready() and all([await follower.ready() for follower in self.weights.values()])
 
     async def aclose(self) -> None:
         """Ends the workers and writes what telemetry and the log still hold."""
         await self.caches.aclose()
         await self.workers.aclose()
+        for follower in self.weights.values():
+            await follower.aclose()
         if self._fetcher is not None:
             self._fetcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
@@ -135,6 +155,35 @@ class Runtime:
         if self._fetcher is None:
             raise RequestRejected(RejectKind.FORBIDDEN_URL, "image URLs are not fetched here; send a data: URL")
         return await self._fetcher.fetch(url)
+
+    def _follower(self, name: str, place: Worker, section: Weights) -> Follower:
+        config = self.config
+        applied = {config.default_policy, *(rule.policy for rule in config.routes)}
+        applied |= {rule.policy for rule in config.tenants.match}
+        sources = [rules for key in applied for rules in (config.policies[key].input, config.policies[key].output)]
+        asked = [rules for rules in sources if name in (rules.ensemble.of if rules.ensemble else (DEFAULT_GUARD,))]
+        trials = Trials(
+            cases=golden.load(Path(section.golden) if section.golden else golden.BUNDLED),
+            judgings=tuple(dict.fromkeys(rules.judging for rules in asked if rules.moderate)),
+            share=section.shadow,
+            keep=section.keep,
+        )
+
+        def told(entry: Entry) -> None:
+            self.telemetry.weights(entry.what)
+            self.audit.note("guard_middleware.weights/1", {"guard": name, **asdict(entry)})
+
+        def compared(found: Compared) -> None:
+            self.telemetry.shadow(found.result, found.source)
+            self.audit.note("guard_middleware.shadow/1", {"guard": name, **found.told()})
+
+        return Follower(
+            WeightsDirectory(section.directory, place.model),
+            trials,
+            lambda model, socket: worker_command(model, socket, threads=place.threads),
+            on_entry=told,
+            on_compared=compared,
+        )
 
 
 def _folded(name: bytes) -> bytes:

@@ -32,12 +32,12 @@ def now() -> str:
 
 
 class WeightsDirectory:
-    """``model`` is what serves where there is no state yet (the configuration's ``worker.model``)."""
+    """``model`` is what serves where there is no state yet: the configuration's ``worker.model``."""
 
-    def __init__(self, folder: str | Path, model: str) -> None:
+    def __init__(self, folder: str | Path, model: str | None = None) -> None:
         self.folder = Path(folder).expanduser().absolute()
         self._path = self.folder / "state.json"
-        self._first = State(Revision(Path(model).name or model, model))
+        self._first = None if model is None else State(Revision(Path(model).name or model, model))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,6 +59,12 @@ class WeightsDirectory:
         try:
             return state.decode(json.loads(self._path.read_bytes()))
         except FileNotFoundError:
+            if self._first is None:
+                raise ConfigError(
+                    "no gateway has followed it yet",
+                    path=str(self.folder),
+                    remedy="give --config FILE instead: its worker.model is what serves first",
+                ) from None
             return self._first
         except (OSError, ValueError) as error:
             raise ConfigError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,23 +60,24 @@ class _Trial:
 
 class Follower:
     """The guard of a gateway with a weights directory. ``command`` makes a worker's command of a model and a socket;
-    ``sockets`` is a folder for the sockets. ``on_serving`` is told the model and revision that answer from now on."""
+    it may be replaced before the start. ``on_serving`` is told the model and revision that answer from now on."""
 
     def __init__(
         self,
         directory: WeightsDirectory,
         trials: Trials,
-        sockets: Path,
         command: Callable[[str, str], Sequence[str]],
         *,
         on_entry: Callable[[Entry], None] = lambda entry: None,
         on_compared: Callable[[Compared], None] = lambda compared: None,
     ) -> None:
-        self._directory, self._trials, self._sockets, self._command = directory, trials, sockets, command
+        self.command = command
+        self._directory, self._trials = directory, trials
+        self._sockets = tempfile.TemporaryDirectory(prefix="guard-")  # mode 0700
         self._on_entry = on_entry
         self.on_serving: Callable[[str, str], None] = lambda model, revision: None
         self.switch = Switch(trials.share, on_compared)
-        self._lock = contextlib.ExitStack()
+        self._lock, self._starting = contextlib.ExitStack(), asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
@@ -92,8 +94,15 @@ class Follower:
         return await self.switch.moderate(request)
 
     async def start(self) -> None:
-        """Starts the active weights' worker. Raises ``ConfigError`` where they are not what was promoted, or another
-        gateway follows the directory, and ``OSError`` for a worker that cannot be started at all."""
+        """Starts the active weights' worker, once. Raises ``ConfigError`` where they are not what was promoted, or
+        another gateway follows the directory, and ``OSError`` for a worker that cannot be started at all."""
+        if self._task is not None:
+            return
+        async with self._starting:
+            if self._task is None:
+                await self._start()
+
+    async def _start(self) -> None:
         await asyncio.to_thread(self._lock.enter_context, self._directory.following())
         try:
             self._told = (await asyncio.to_thread(self._directory.read)).number
@@ -102,6 +111,7 @@ class Follower:
             if wrong is not None:
                 remedy = f"put its files back, or: guard-gateway weights rollback --directory {self._directory.folder}"
                 raise ConfigError(f"the active weights are not those that were promoted: {wrong}", remedy=remedy)
+            logger.warning("weights: %s serves, from %s", found.active.says(), found.active.model)
             seat = self._seat(found.active)
             await seat.start()
         except BaseException:
@@ -133,6 +143,7 @@ class Follower:
         )
         await asyncio.gather(*(seat.stop() for seat in seats if seat is not None))
         self._lock.close()
+        self._sockets.cleanup()
 
     # -- one step after another
 
@@ -284,8 +295,8 @@ class Follower:
 
     def _seat(self, revision: Revision) -> Seat:
         self._seats += 1
-        socket = self._sockets / f"weights-{self._seats}.sock"
-        return Seat(revision, self._command(revision.model, str(socket)), socket, self._exited)
+        socket = Path(self._sockets.name) / f"{self._seats}.sock"
+        return Seat(revision, self.command(revision.model, str(socket)), socket, self._exited)
 
     def _exited(self, seat: Seat, code: int | None) -> None:
         self._gone[seat] = code

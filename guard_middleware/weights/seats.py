@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
@@ -102,6 +102,27 @@ class Compared:
     active: Verdict
     staged: Verdict | None
     error: str | None = None
+
+    def told(self) -> dict[str, Any]:
+        """Without content: ``id`` is that of the question, whose decision the log has under the same."""
+        return {
+            "id": self.id,
+            "source": self.source,
+            "result": self.result,
+            "active": _labels(self.active),
+            "staged": None if self.staged is None else _labels(self.staged),
+            "error": self.error,
+        }
+
+
+def _labels(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "revision": verdict.revision,
+        "request": verdict.request,
+        "request_score": verdict.request_score,
+        "response": verdict.response,
+        "response_score": verdict.response_score,
+    }
 
 
 class Switch:
