@@ -298,10 +298,10 @@ class Process:
 
 
 @contextlib.contextmanager
-def scripted_worker(path: Path) -> Iterator[Process]:
+def scripted_worker(path: Path, *options: str) -> Iterator[Process]:
     """``tests/support/scripted_worker.py`` on the Unix socket ``path``."""
     script = Path(__file__).with_name("scripted_worker.py")
-    process = Process([sys.executable, str(script), "--socket", str(path)], path.parent, "worker ready")
+    process = Process([sys.executable, str(script), "--socket", str(path), *options], path.parent, "worker ready")
     process.start()
     try:
         yield process

@@ -1,6 +1,7 @@
 """A worker process without a model, for tests and benchmarks: the real app and socket, and a rule in the guard's place.
 
-A text is harmful if it contains ``pick a lock``. ``[wait 0.2]`` in the request makes its answer take 0.2 seconds.
+A text is harmful if it contains ``pick a lock``, or what ``--phrase`` says. ``[wait 0.2]`` in the request makes its
+answer take 0.2 seconds; ``[unsure]`` makes a request unharmful with the score 0.4.
 
     python tests/support/scripted_worker.py --socket /tmp/guard.sock
 """
@@ -32,12 +33,15 @@ def text_of(messages: Iterable[Message]) -> str:
     return "\n".join(words)
 
 
-def label(text: str) -> Label:
-    return "harmful" if "pick a lock" in text.lower() else "unharmful"
+def label(text: str, phrase: str = "pick a lock") -> Label:
+    return "harmful" if phrase in text.lower() else "unharmful"
 
 
 class ScriptedGuard:
-    model, revision = "scripted", "0"
+    revision = "0"
+
+    def __init__(self, model: str = "scripted", phrase: str = "pick a lock") -> None:
+        self.model, self._phrase = model, phrase
 
     async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
         asked = text_of(request.conversation.messages)
@@ -46,12 +50,13 @@ class ScriptedGuard:
         if pause:
             await asyncio.sleep(float(pause[1]))
         answer = request.conversation.answer
-        request_label = label(asked)
-        response_label = None if answer is None else label(text_of([answer]))
+        request_label = label(asked, self._phrase)
+        response_label = None if answer is None else label(text_of([answer]), self._phrase)
+        unsure = request_label == "unharmful" and "[unsure]" in asked
         return Verdict(
             request=request_label,
             response=response_label,
-            request_score=float(request_label == "harmful"),
+            request_score=0.4 if unsure else float(request_label == "harmful"),
             response_score=None if response_label is None else float(response_label == "harmful"),
             reasoning=f"Step 1: The rule says that this request is {request_label}.",
             usage=Usage(len(asked.split()), 8, 6),
@@ -78,12 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--ws", default="websockets-sansio", help="uvicorn's WebSocket implementation")
+    parser.add_argument("--model", default="scripted", help="the name in its verdicts")
+    parser.add_argument("--phrase", default="pick a lock")
     parser.add_argument("--exit-with-parent", action="store_true")
     options = parser.parse_args()
     if options.exit_with_parent:
         serve.exit_with_parent()
     serve.log_to_stderr("warning")
-    worker = Worker(load, on_ready=lambda guard: print("worker ready model=scripted", flush=True))
+
+    async def guard(metrics: Metrics) -> ScriptedGuard:
+        return ScriptedGuard(options.model, options.phrase)
+
+    worker = Worker(guard, on_ready=lambda guard: print("worker ready model=scripted", flush=True))
     server = serve.Server(worker.asgi, serve.unix_listener(options.socket), max_frame=MAX_FRAME, ws=options.ws)
     raise SystemExit(server.run())
 
