@@ -22,7 +22,7 @@ form that decides nothing about the request (or, answered, the response), two qu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,35 +120,53 @@ class Filling:
 
     def choose(self, logits: Tensor) -> int:
         """The next id; ``logits`` is the row of scores, by id. Not to be called when ``complete``."""
+        chosen = _likeliest(logits, self._open())
+        self.take(chosen, logits)
+        return chosen
+
+    def take(self, id: int, logits: Tensor | Mapping[int, float] | None = None) -> None:
+        """Fills in one more id that was chosen, with the scores by which; without them a decision scores 0 or 1."""
         slot = self.slots[self._index]
         if slot.quote:
-            following, may_close = self._quotable()
-            closing = self._open_to(self.slots[self._index + 1])
-            if may_close or len(self._span) >= slot.quote + _LONG_WORD:
-                following = [] if len(self._span) >= slot.quote else following
-                chosen = _likeliest(logits, (*following, *closing))
-            else:
-                chosen = _likeliest(logits, following)
-            if chosen not in closing:
-                self._span.append(chosen)
-                return chosen
+            if id not in self.open_to(self.slots[self._index + 1]):
+                self._span.append(id)
+                return
             self._span.clear()
             self._index += 1
             slot = self.slots[self._index]
-        else:
-            chosen = _likeliest(logits, self._open_to(slot))
         if slot.decides and slot.sides:
-            harmful, unharmful = (logits[list(side)].float().logsumexp(0) for side in slot.sides)
-            self.scores[slot.name] = float(torch.sigmoid(harmful - unharmful))
+            self.scores[slot.name] = float(id in slot.sides[0]) if logits is None else _decision(slot.sides, logits)
         self._index += 1
-        return chosen
 
-    def _open_to(self, slot: Slot) -> tuple[int, ...]:
+    def run_on(self) -> list[int]:
+        """Fills in what leaves no choice, up to the next one; returns those ids."""
+        ids: list[int] = []
+        while not self.complete and len(only := self._open()) == 1:
+            self.take(only[0])
+            ids.append(only[0])
+        return ids
+
+    def copy(self) -> Filling:
+        """The same form, filled in as far; what is chosen in one does not stand in the other."""
+        return replace(self, scores=dict(self.scores), _span=list(self._span))
+
+    def open_to(self, slot: Slot) -> tuple[int, ...]:
+        """The ids that may stand in a slot that is no quote."""
         if slot.sides is None:
             return slot.choices
         if slot.decides:
             return slot.sides[0] + slot.sides[1]
         return slot.sides[0 if self.scores[slot.name] >= 0.5 else 1]
+
+    def _open(self) -> tuple[int, ...]:
+        slot = self.slots[self._index]
+        if not slot.quote:
+            return self.open_to(slot)
+        following, may_close = self._quotable()
+        if not may_close and len(self._span) < slot.quote + _LONG_WORD:
+            return tuple(following)
+        closing = self.open_to(self.slots[self._index + 1])
+        return closing if len(self._span) >= slot.quote else (*following, *closing)
 
     def _quotable(self) -> tuple[list[int], bool]:
         """(ids that continue the quote, whether it may close here)."""
@@ -163,6 +181,13 @@ class Filling:
                 following.add(self.judged[start + length])
             ends_word = ends_word or not after[:1].isalnum()
         return sorted(following), (ends_word and length > 0) or not following
+
+
+def _decision(sides: tuple[tuple[int, ...], tuple[int, ...]], logits: Tensor | Mapping[int, float]) -> float:
+    harmful, unharmful = (
+        torch.tensor([float(logits[id]) for id in side], dtype=torch.float32).logsumexp(0) for side in sides
+    )
+    return float(torch.sigmoid(harmful - unharmful))
 
 
 def _likeliest(logits: Tensor, ids: Sequence[int]) -> int:

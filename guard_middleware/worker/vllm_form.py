@@ -1,0 +1,88 @@
+"""Fills in forms (``worker.form``) inside vLLM: a logits processor of its first model runner.
+
+It runs in vLLM's engine process, which loads it by name. A request with
+``extra_args={"guard_form": [answered, think]}`` may at each step write only what its form leaves open, and its end when
+the form is complete; others pass untouched. The processor chooses the token itself, from the model's scores, and leaves
+vLLM's sampler no other.
+
+A step may be computed and thrown away (the last chunk of a prompt but one), and a request may be taken out of the batch
+and put back (preemption). So a choice holds only once it stands among the request's output tokens, and a form is filled
+in anew from those where it was lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from guard_middleware.guard.prompt import PromptEncoder
+from guard_middleware.worker import weights
+from guard_middleware.worker.form import Filling, Form
+
+
+@dataclass(slots=True)
+class _Row:
+    """``filling`` holds the first ``taken`` of ``written``; ``next`` is one choice ahead of it."""
+
+    filling: Filling
+    written: list[int]  # vLLM's own list, which grows
+    taken: int = 0
+    next: Filling | None = None
+
+    def choose(self, logits: torch.Tensor, end: int) -> int:
+        """The next token, from what has been written by now."""
+        if self.next is not None and len(self.written) == self.taken + 1:
+            self.filling, self.taken = self.next, self.taken + 1
+        while self.taken < len(self.written):
+            if not self.filling.complete:
+                self.filling.take(self.written[self.taken])
+            self.taken += 1
+        self.next = self.filling.copy()
+        return end if self.next.complete else self.next.choose(logits)
+
+
+@dataclass(frozen=True, slots=True)
+class _FileTokenizer:
+    backend_tokenizer: Tokenizer
+
+
+class FormProcessor(LogitsProcessor):
+    """See the module. Raises ``ConfigError`` for a model without a form."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        folder = Path(vllm_config.model_config.model)
+        facts = weights.load(folder, name=folder.name).facts
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        encoder = PromptEncoder(_FileTokenizer(tokenizer))
+        self._form = Form(facts.form or {}, tokenizer)
+        self._frame = slice(len(encoder.opening), -len(encoder.closing))
+        self._end = encoder.im_end
+        self._rows: dict[int, _Row] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._rows, batch_update, self._row)
+
+    def _row(self, params: SamplingParams, prompt: list[int] | None, written: list[int]) -> _Row | None:
+        stated = (params.extra_args or {}).get("guard_form")
+        if stated is None:
+            return None
+        answered, think = stated
+        return _Row(self._form.start((prompt or [])[self._frame], answered=answered, think=think), written)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for index, row in self._rows.items():
+            chosen = row.choose(logits[index], self._end)
+            kept = logits[index, chosen].item()
+            logits[index] = float("-inf")
+            logits[index, chosen] = kept
+        return logits
