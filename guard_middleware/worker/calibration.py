@@ -1,4 +1,4 @@
-"""The calibration of one guard's scores: ``calibration.json`` beside the weights, as ``guard-train calibrate`` writes it.
+"""The calibration of a guard's scores: ``calibration.json`` beside the weights, as ``guard-train calibrate`` writes it.
 
     {"method": "temperature", "revision": REVISION,
      "reason": {"request": {"temperature": 1.7, ...}, "response": null}, "label": {...}}
