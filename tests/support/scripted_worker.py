@@ -1,7 +1,8 @@
 """A worker process without a model, for tests and benchmarks: the real app and socket, and a rule in the guard's place.
 
 A text is harmful if it contains ``pick a lock``, or what ``--phrase`` says. ``[wait 0.2]`` in the request makes its
-answer take 0.2 seconds; ``[unsure]`` makes a request unharmful with the score 0.4.
+answer take 0.2 seconds; ``[unsure]`` makes a request unharmful with the score 0.4. ``--weights`` names a folder whose
+``scripted.json`` may hold ``revision``, ``phrase``, the ``seconds`` of every verdict, and those to ``load``.
 
     python tests/support/scripted_worker.py --socket /tmp/guard.sock
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,17 +40,17 @@ def label(text: str, phrase: str = "pick a lock") -> Label:
 
 
 class ScriptedGuard:
-    revision = "0"
-
-    def __init__(self, model: str = "scripted", phrase: str = "pick a lock") -> None:
-        self.model, self._phrase = model, phrase
+    def __init__(
+        self, model: str = "scripted", phrase: str = "pick a lock", revision: str = "0", seconds: float = 0.0
+    ) -> None:
+        self.model, self._phrase, self.revision, self._seconds = model, phrase, revision, seconds
 
     async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
         asked = text_of(request.conversation.messages)
         asked += "\n".join(definition.text for definition in request.conversation.definitions)
         pause = re.search(r"\[wait ([0-9.]+)\]", asked)
-        if pause:
-            await asyncio.sleep(float(pause[1]))
+        if pause or self._seconds:
+            await asyncio.sleep(float(pause[1]) if pause else self._seconds)
         answer = request.conversation.answer
         request_label = label(asked, self._phrase)
         response_label = None if answer is None else label(text_of([answer]), self._phrase)
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--ws", default="websockets-sansio", help="uvicorn's WebSocket implementation")
     parser.add_argument("--model", default="scripted", help="the name in its verdicts")
     parser.add_argument("--phrase", default="pick a lock")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER")
     parser.add_argument("--exit-with-parent", action="store_true")
     options = parser.parse_args()
     if options.exit_with_parent:
@@ -92,7 +95,10 @@ def main() -> None:
     serve.log_to_stderr("warning")
 
     async def guard(metrics: Metrics) -> ScriptedGuard:
-        return ScriptedGuard(options.model, options.phrase)
+        script = options.weights / "scripted.json" if options.weights else None
+        told = json.loads(script.read_text()) if script and script.is_file() else {}
+        await asyncio.sleep(told.pop("load", 0.0))
+        return ScriptedGuard(options.model, **{"phrase": options.phrase, **told})
 
     worker = Worker(guard, on_ready=lambda guard: print("worker ready model=scripted", flush=True))
     server = serve.Server(worker.asgi, serve.unix_listener(options.socket), max_frame=MAX_FRAME, ws=options.ws)
