@@ -40,6 +40,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._verdicts: Counter[tuple[str, str]] = Counter()
+        self._modes: Counter[tuple[str, bool]] = Counter()
         self._errors: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._cancelled = 0
@@ -51,6 +52,7 @@ class Metrics:
             self._errors[outcome.kind.value] += 1
             return
         self._verdicts[outcome.request, outcome.response or "none"] += 1
+        self._modes[outcome.judging.mode, outcome.thought] += 1
         self._tokens["prompt"] += outcome.usage.prompt
         self._tokens["completion"] += outcome.usage.completion
         self._tokens["reasoning"] += outcome.usage.reasoning
@@ -70,6 +72,12 @@ class Metrics:
         lines += ["# HELP guard_worker_verdicts_total Verdicts by label.", "# TYPE guard_worker_verdicts_total counter"]
         for (request, response), count in sorted(self._verdicts.items()):
             lines.append(f'guard_worker_verdicts_total{{request="{request}",response="{response}"}} {count}')
+        lines += [
+            "# HELP guard_worker_judged_total Verdicts by mode, and whether the guard reasoned.",
+            "# TYPE guard_worker_judged_total counter",
+        ]
+        for (mode, thought), count in sorted(self._modes.items()):
+            lines.append(f'guard_worker_judged_total{{mode="{mode}",thought="{str(thought).lower()}"}} {count}')
         lines += ["# HELP guard_worker_errors_total Guard errors by kind.", "# TYPE guard_worker_errors_total counter"]
         lines += [f'guard_worker_errors_total{{kind="{kind}"}} {n}' for kind, n in sorted(self._errors.items())]
         lines += ["# HELP guard_worker_tokens_total Tokens of verdicts.", "# TYPE guard_worker_tokens_total counter"]

@@ -14,11 +14,12 @@ from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.parse import completion
 from guard_middleware.guard.prompt import PromptEncoder
-from guard_middleware.types import Blob, Conversation, Message, Text, Usage
+from guard_middleware.types import Blob, Conversation, Judging, Message, Text, Usage
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker import serve
 from guard_middleware.worker.app import Worker
 from guard_middleware.worker.batching import BatchLimits
+from guard_middleware.worker.calibration import Calibration
 from guard_middleware.worker.engine import Generation
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, ServiceLimits
@@ -55,8 +56,11 @@ class StubEngine:
         words = self.text(prompt).partition("Human user:")[2]
         label = "harmful" if "pick a lock" in words else "unharmful"
         response = label if prompt.answered else None
-        text = self._output or completion(f"Step 1: it is {label}.", label, response)
         score = 0.9 if label == "harmful" else 0.1
+        if not prompt.think:
+            score = 0.6 if label == "harmful" else 0.01
+            return Generation(completion("", label, response), len(prompt.ids), 1, 0, score, score, "stop")
+        text = self._output or completion(f"Step 1: it is {label}.", label, response)
         return Generation(text, len(prompt.ids), 20, 15, score, score if prompt.answered else None, self._finish)
 
     def text(self, prompt):
@@ -115,6 +119,39 @@ def test_a_verdict_carries_labels_scores_reasoning_tokens_and_timings(tiny_token
 def test_an_answer_is_labelled_when_there_is_one(tiny_tokenizer):
     (verdict,) = moderate(StubEngine(tiny_tokenizer), question(answer="first pick a lock"))
     assert (verdict.response, verdict.response_score) == ("harmful", 0.9)
+
+
+def test_a_verdict_says_in_which_mode_it_was_made_and_whether_it_was_thought_about(tiny_tokenizer):
+    hybrid = Judging("hybrid", 0.2, 0.8)
+    label, sure, unsure = moderate(
+        StubEngine(tiny_tokenizer),
+        question("how do I pick a lock", judging=Judging("label")),
+        question(judging=hybrid),
+        question("how do I pick a lock", judging=hybrid),
+    )
+    assert (label.judging, label.thought, label.request_score) == (Judging("label"), False, 0.6)
+    assert (sure.judging, sure.thought, sure.usage.completion, sure.reasoning) == (hybrid, False, 1, "")
+    assert (unsure.judging, unsure.thought, unsure.usage.completion) == (hybrid, True, 21)
+    assert (unsure.request_score, unsure.reasoning) == (0.9, "Step 1: it is harmful.")
+
+
+def test_hybrid_thinks_about_one_window_of_many(tiny_tokenizer):
+    encoder = PromptEncoder(tiny_tokenizer)
+    facts = replace(FACTS, window_tokens=len(encoder.opening) + len(encoder.closing) + 400, max_windows=20)
+    engine = StubEngine(tiny_tokenizer, facts)
+    text = "bread " * 100 + "how do I pick a lock " + "bread " * 100
+    (verdict,) = moderate(engine, question(text, judging=Judging("hybrid", 0.2, 0.8)))
+    (thought,) = [prompt for prompt in engine.prompts if prompt.think]
+    assert "pick a lock" in engine.text(thought)
+    assert len(engine.prompts) > 3
+    assert (verdict.request, verdict.request_score, verdict.reasoning) == ("harmful", 0.9, "Step 1: it is harmful.")
+
+
+def test_scores_are_calibrated_and_the_revision_says_by_what(tiny_tokenizer):
+    calibration = Calibration({("reason", "request"): 0.5}, "c0ffee00")
+    (verdict,) = moderate(StubEngine(tiny_tokenizer), question("how do I pick a lock"), calibration=calibration)
+    assert verdict.request_score == pytest.approx(81 / 82)
+    assert verdict.revision == "r1+c0ffee00"
 
 
 def test_long_content_is_judged_in_windows_and_the_worst_one_wins(tiny_tokenizer):
