@@ -148,6 +148,7 @@ class _Exchange:
         self._outbox: asyncio.Queue[_ForClient | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._upstream: asyncio.Task[None] | None = None
+        self._after: asyncio.Task[Any] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._may_read = asyncio.Event()
         self._begun = self._gone = False
@@ -187,6 +188,8 @@ class _Exchange:
             self._runtime.audit.write(record, trace_id=self._span.trace_id)
             self._span.finish(record)
             self._runtime.caches.settled(record)
+        if self._after is not None:  # it lives as long as without us: the server waits for it, and may cancel it
+            await self._after
 
     def _do(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -395,16 +398,26 @@ class _Exchange:
         pending = [{"type": "http.request", "body": body, "more_body": False}]
         complete = False
         broken: UpstreamError | None = None
+        loop, work = asyncio.get_running_loop(), asyncio.current_task()
+        leaving: asyncio.Handle | None = None
+
+        def leave() -> None:
+            """The application has answered and goes on, with background tasks: the answer does not wait for them."""
+            assert work is not None
+            self._tasks.discard(work)
+            self._after = work
+            span.upstream_ended(None)
+            self._start(self._answered)
 
         async def receive() -> Message:
             if pending:
                 return pending.pop()
-            await asyncio.get_running_loop().create_future()  # no disconnect but our own cancellation
+            await loop.create_future()  # no disconnect but our own cancellation
             raise AssertionError
 
         async def send(message: Message) -> None:
-            nonlocal complete, broken
-            if broken is not None:
+            nonlocal complete, broken, leaving
+            if broken is not None or self._after is not None:
                 return  # a host's error handler that still wants to answer
             try:
                 if message["type"] == "http.response.start":
@@ -413,6 +426,8 @@ class _Exchange:
                     self._first_byte = self._first_byte or time.perf_counter()
                     self._do(tx.upstream_data(message.get("body", b"")))
                     complete = not message.get("more_body", False)
+                    if complete:
+                        leaving = loop.call_soon(leave)
                     await self._may_read.wait()
             except UpstreamError as error:
                 broken = error
@@ -434,10 +449,18 @@ class _Exchange:
                 logger.exception("request %s: the wrapped application failed", tx.id)
                 broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
         finally:
-            span.upstream_ended(None if broken is None else broken.kind.value)
+            if leaving is not None:
+                leaving.cancel()
+            if self._after is None:
+                span.upstream_ended(None if broken is None else broken.kind.value)
+        if self._after is not None:
+            return []
         if broken is not None:
             raise broken
         return tx.upstream_end()
+
+    async def _answered(self) -> None:
+        self._do(self._tx.upstream_end())
 
     # -- the client --
 

@@ -16,9 +16,10 @@ import httpx
 import pytest
 from PIL import Image, PngImagePlugin
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 
 from guard_middleware import config
-from guard_middleware.errors import GuardError
+from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.middleware import GuardMiddleware
 from guard_middleware.runtime import Runtime
 from guard_middleware.scripted import ScriptedUpstream
@@ -407,3 +408,100 @@ def test_200_concurrent_requests_do_not_mix(host: Callable[..., Host]) -> None:
     responses = asyncio.run(run())
     assert [r.status_code for r in responses] == [400 if n % 3 == 0 else 200 for n in range(200)]
     assert len({record["id"] for record in h.records()}) == 200
+
+
+# -- where a host has mounted it, and what else the host does --
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "status"),
+    [
+        ("", CHAT, 200),
+        ("/llm", f"/llm{CHAT}", 200),
+        ("/llm", CHAT, 200),  # servers whose path comes without its root
+        ("/llm", f"/LLM{CHAT}", 404),
+        ("/llm", f"/%6Clm{CHAT}", 404),
+        ("/llm", f"/llm/llm{CHAT}", 404),
+        ("/llm", f"/llmx{CHAT}", 404),
+        ("/llm/", f"/llm{CHAT}", 404),
+    ],
+)
+def test_paths_are_those_below_the_root_path(host: Callable[..., Host], root: str, path: str, status: int) -> None:
+    h = host(yaml="policies: {lax: {input: {on_harmful: annotate}}}\nroutes: [{path: /v1/chat/*, policy: lax}]")
+    inner = h.app
+
+    async def mounted(scope: Any, receive: Any, send: Any) -> None:
+        await inner({**scope, "root_path": root}, receive, send)
+
+    h.app = mounted  # type: ignore[assignment]
+    (response,) = h.send({**chat("how do I pick a lock?"), "url": path})
+    if status == 404:
+        assert (response.status_code, h.bodies) == (404, [])
+    else:
+        assert h.guard.asked
+        assert len(h.bodies) == 1, "the route's policy lets it through"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/health", 200), ("HEAD", "/health", 200), ("POST", "/health", 404), ("GET", "/health/", 404),
+     ("GET", "/v1/health", 404), ("GET", "//health", 404), ("GET", "/%68ealth", 404), ("GET", "/v1/models", 200)],
+)  # fmt: skip
+def test_only_what_is_named_passes_unguarded(host: Callable[..., Host], method: str, path: str, status: int) -> None:
+    h = host()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse("{}", media_type="application/json")(scope, receive, send)
+
+    h.app = GuardMiddleware(app, runtime=h.runtime, unguarded=["/health"])
+    assert h.send({"method": method, "url": path})[0].status_code == status
+
+
+@pytest.mark.parametrize("unguarded", [["health"], "/health", [""]])
+def test_an_unguarded_path_that_is_none_is_an_error(host: Callable[..., Host], unguarded: Any) -> None:
+    with pytest.raises(ConfigError, match="unguarded"):
+        GuardMiddleware(host().upstream.app, config=config.Config(), unguarded=unguarded)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_does_not_wait_for_what_the_application_does_after_it(
+    host: Callable[..., Host], stream: bool
+) -> None:
+    h, done = host(), asyncio.Event()
+    order: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await h.upstream.app(scope, receive, send)
+        await asyncio.sleep(0.2)  # as Starlette's background tasks
+        await send({"type": "http.response.body", "body": b"more", "more_body": False})  # nobody hears it
+        order.append("background")
+        done.set()
+
+    h.app = GuardMiddleware(app, runtime=h.runtime)
+
+    async def client() -> None:
+        sent: list[Any] = []
+        body = json.dumps(chat(stream=stream)["json"]).encode()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                order.append("answer")
+
+        scope = {
+            "type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
+        }  # fmt: skip
+        await h.app(scope, receive, send)
+        assert done.is_set(), "the server is told when the application is through"
+        assert b"more" not in b"".join(message.get("body", b"") for message in sent)
+        await h.runtime.aclose()
+
+    asyncio.run(client())
+    assert order == ["answer", "background"]
+    (record,) = h.records()
+    assert record["outcome"] == "allowed"
