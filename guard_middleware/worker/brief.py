@@ -8,6 +8,7 @@ what it would rather write is left to the parser, which refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -41,20 +42,24 @@ class Brief:
 
     def choose(self, logits: Tensor) -> int:
         """The next id, which begins a label or ends the output."""
-        harmful, unharmful = self.words.labels
         chosen = int(logits.argmax())
-        if chosen not in (harmful[0], unharmful[0]):
+        self.take(chosen, logits)
+        return chosen
+
+    def take(self, id: int, logits: Tensor | Mapping[int, float]) -> None:
+        """Fills in an id that was chosen, with the scores by which."""
+        harmful, unharmful = self.words.labels
+        if id not in (harmful[0], unharmful[0]):
             self.complete = True
-            return chosen
-        margin = logits[harmful[0]].float() - logits[unharmful[0]].float()
+            return
+        margin = torch.tensor(float(logits[harmful[0]]) - float(logits[unharmful[0]]))
         self.scores["response" if self.scores else "request"] = float(torch.sigmoid(margin))
-        rest = list(harmful[1:] if chosen == harmful[0] else unharmful[1:])
+        rest = list(harmful[1:] if id == harmful[0] else unharmful[1:])
         if self.answered and len(self.scores) == 1:
             self._fixed = [*rest, *self.words.response]
         else:
             self._fixed = [*rest, *(() if self.answered else self.words.none), *self.words.end]
             self.complete = True
-        return chosen
 
     def run_on(self) -> list[int]:
         """The ids that stand before the next choice, once each."""

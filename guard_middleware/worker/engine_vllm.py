@@ -12,8 +12,9 @@ So whatever reaches ``<result>`` is parseable, fixed words cost no decoding step
 (``max_new_tokens``), ends otherwise, or quotes a tag, is left as it is: an error for whoever reads it. vLLM's
 ``thinking_token_budget`` is not used, since it forces ``</think>`` and thereby a verdict upon a guard that has not
 made up its mind, nor its structured outputs, since reasoning that quotes ``</think>`` would set off the grammar.
-A prompt that is not to be thought about begins with an empty reasoning, at step 2. A guard with a form
-(``worker.form``) fills it in within one request; see ``vllm_form``.
+A prompt that is not to be thought about begins with an empty reasoning, at step 2, and there the model may also
+prefer another token to both labels, which is left to the parser (``worker.brief``). A guard with a form
+(``worker.form``) fills it in within one request (``vllm_form``).
 
 Refuses: engine arguments that the worker itself sets (``ConfigError``); more than ``MAX_IMAGES`` pictures or more
 tokens than the model reads (``GuardError(too_long)``); control tokens that the model writes (``unparseable``).
@@ -30,13 +31,12 @@ import importlib.metadata
 import io
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 from PIL import Image
 from tokenizers import Tokenizer
@@ -44,8 +44,9 @@ from tokenizers import Tokenizer
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.guard.parse import END_RESULT, END_THINK, RESULT, THINK
 from guard_middleware.guard.prompt import PromptEncoder
+from guard_middleware.worker.brief import Brief, Words
 from guard_middleware.worker.engine import Generation, GuardPrompt
-from guard_middleware.worker.form import Form
+from guard_middleware.worker.form import Filling, Form
 from guard_middleware.worker.pictures import picture_tokens
 from guard_middleware.worker.weights import ModelFacts, Weights
 
@@ -57,7 +58,7 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,6 +72,8 @@ LEAST_VERSION = (0, 31)
 MAX_IMAGES = 32
 #: tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token
 _TAIL = len(END_THINK) + 4
+#: the extra argument of a request that fills in a form: [answered]
+FORM = "guard_form"
 #: arguments that the engine sets, and what an operator gives instead
 _OWNED = {
     "model": "--model",
@@ -86,26 +89,34 @@ _OWNED = {
     "reasoning_parser": "nothing",
     "reasoning_config": "nothing",
 }
-_REQUEST, _RESPONSE, _NO_RESPONSE = "Answers:\nRequest:", "\nResponse:", "\nResponse: None\n"
+_REQUEST = "Answers:\nRequest:"
 _REASONED = re.compile(rf"\s*{THINK}((?!</?think>|<result>).)*{END_THINK}\s*{RESULT}\s*", re.DOTALL)
-
-Label = Literal["harmful", "unharmful"]
 
 
 @dataclass(slots=True)
 class _Writing:
-    """One output in the making. ``cut`` when the budget ended it."""
+    """One output in the making.
+
+    ``ids`` is all of it, of which ``given`` were there before anything was asked and ``decoded`` are the model's;
+    ``thought`` is the number of tokens up to ``</think>``; ``cut`` when the budget ended it.
+    """
 
     ids: list[int] = field(default_factory=list)
-    reasoned: int | None = None  # tokens up to </think>
-    scores: dict[str, float] = field(default_factory=dict)
+    given: int = 0
+    decoded: int = 0
+    asked: int = 0
+    thought: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     cut: bool = False
-    prompt_tokens: int = 0
     queue_seconds: float = 0.0
 
 
+#: asks vLLM to go on with what is written
+_Ask: TypeAlias = Callable[[_Writing, Any], Awaitable[Any]]
+
+
 class VllmEngine:
-    """``Engine`` on vLLM; starts its processes at once, which takes half a minute or more. Call it off the loop.
+    """``Engine`` on vLLM; starts its processes at once, which takes half a minute or more. Make it off the loop.
 
     ``max_batch`` is how many requests run at once. ``args`` are any of vLLM's engine arguments, by field name
     (``tensor_parallel_size``, ``data_parallel_size``, ``gpu_memory_utilization``, ...); raises ``ConfigError``.
@@ -126,14 +137,11 @@ class VllmEngine:
             facts.max_input_tokens + facts.max_new_tokens,
             config.get("text_config", config)["max_position_embeddings"],
         )
-        self._labels: dict[Label, list[int]] = {
-            "harmful": self._encoder.plain(" harmful"),
-            "unharmful": self._encoder.plain(" unharmful"),
-        }
-        self._first = [ids[0] for ids in self._labels.values()]
+        self._words = Words(self._tokenizer)
+        self._first = [ids[0] for ids in self._words.labels]
         if self._first[0] == self._first[1]:
             raise ConfigError("the labels begin with the same token", path=str(weights.folder))
-        self._verdict_tokens = len(self._words(f"{_REQUEST} unharmful{_RESPONSE} unharmful\n{END_RESULT}"))
+        self._verdict_tokens = len(self._encode(f"{_REQUEST} unharmful\nResponse: unharmful\n{END_RESULT}"))
         self._form = Form(facts.form, self._tokenizer) if facts.form else None
         self._stats: dict[int, _Stats] = {}
         self._llm = self._start(args or {})
@@ -205,66 +213,89 @@ class VllmEngine:
     async def generate(self, id: str, prompt: GuardPrompt, priority: int = 0) -> Generation:
         """See ``Engine``."""
         pictures = await self._pictures(prompt)
-        if self._form is not None:
-            writing = await self._fill(id, prompt, pictures, priority)
-        else:
-            writing = await self._write(id, prompt, pictures, priority)
+        writing = await self._write(prompt, functools.partial(self._ask, id, prompt, pictures, priority))
         if not self._control.isdisjoint(writing.ids):
             raise GuardError(GuardErrorKind.UNPARSEABLE, "the guard wrote a control token")
+        thought = writing.thought if writing.thought is not None or not prompt.think else writing.decoded
         return Generation(
             text=self._tokenizer.decode(writing.ids),
-            prompt_tokens=writing.prompt_tokens,
-            completion_tokens=len(writing.ids),
-            reasoning_tokens=len(writing.ids) if writing.reasoned is None else writing.reasoned,
+            prompt_tokens=len(prompt.ids) + pictures.extra_tokens + writing.given,
+            completion_tokens=writing.decoded,
+            reasoning_tokens=thought or 0,
             request_score=writing.scores.get("request"),
             response_score=writing.scores.get("response") if prompt.answered else None,
             finish="length" if writing.cut else "stop",
             queue_seconds=writing.queue_seconds,
         )
 
-    # -- reasoning, then labels
-
-    async def _write(self, id: str, prompt: GuardPrompt, pictures: _Pictures, priority: int) -> _Writing:
-        ask = functools.partial(self._ask, prompt, pictures)
+    async def _write(self, prompt: GuardPrompt, ask: _Ask) -> _Writing:
+        if self._form is not None and prompt.think:
+            return await self._fill(prompt, ask)
+        filling: Filling | Brief
+        if self._form is not None:
+            if not self._form.judges_without_reasoning:
+                why = f"{self.facts.name} has no form without reasoning: use mode reason"
+                raise GuardError(GuardErrorKind.UNSUPPORTED, why)
+            filling = self._form.start((), answered=prompt.answered, think=False)
+        else:
+            filling = Brief(self._words, prompt.answered)
+        fixed = filling.run_on()
         writing = _Writing()
-        if prompt.think:
-            params = _greedy(
-                max_tokens=max(1, prompt.max_new_tokens - self._verdict_tokens),
-                stop=[RESULT],
-                include_stop_str_in_output=True,
-            )
-            output = await ask(id, writing, params, 2 * priority)
-            writing.reasoned = self._thought(writing.ids)
-            writing.cut = output.finish_reason == "length"
-            text = self._tokenizer.decode(writing.ids)
-            if writing.cut or not _REASONED.fullmatch(text) or not self._control.isdisjoint(writing.ids):
-                return writing
-            writing.ids += self._words(_REQUEST if text.endswith("\n") else f"\n{_REQUEST}")
-        else:
-            writing.ids += self._words(f"{THINK}\n\n{END_THINK}")
-            writing.reasoned = len(writing.ids)
-            writing.ids += self._words(f"\n{RESULT}\n{_REQUEST}")
-        # What has begun goes before anything of its class that has not: its place in the cache is warm.
-        label = functools.partial(self._label, ask, writing, 2 * priority - 1)
-        await label(f"{id}-request", "request")
-        if prompt.answered:
-            writing.ids += self._words(_RESPONSE)
-            await label(f"{id}-response", "response")
-            writing.ids += self._words(f"\n{END_RESULT}")
-        else:
-            writing.ids += self._words(f"{_NO_RESPONSE}{END_RESULT}")
+        if not prompt.think:
+            writing.ids, writing.given = fixed, len(fixed)
+        elif not await self._reason(prompt, ask, writing):
+            return writing
+        while not filling.complete:
+            await self._decide(prompt, ask, writing, filling)
+            writing.ids += filling.run_on()
+        writing.scores = filling.scores
         return writing
 
-    async def _label(self, ask: Any, writing: _Writing, priority: int, id: str, name: str) -> None:
-        params = _greedy(max_tokens=1, allowed_token_ids=self._first, logprob_token_ids=self._first, detokenize=False)
-        output = await ask(id, writing, params, priority)
-        found = output.logprobs[0]
-        harmful, unharmful = (found[id].logprob for id in self._first)
-        writing.scores[name] = 1 / (1 + math.exp(min(700.0, unharmful - harmful)))
-        written: Label = "harmful" if writing.ids.pop() == self._first[0] else "unharmful"
-        writing.ids += self._labels[written]
+    async def _reason(self, prompt: GuardPrompt, ask: _Ask, writing: _Writing) -> bool:
+        """Up to the request's label; whether the output has come so far in its proper form."""
+        budget = max(1, prompt.max_new_tokens - self._verdict_tokens)
+        output = await ask(writing, _greedy(max_tokens=budget, stop=[RESULT], include_stop_str_in_output=True))
+        writing.thought = self._thought(writing.ids)
+        writing.cut = output.finish_reason == "length"
+        text = self._tokenizer.decode(writing.ids)
+        if writing.cut or not _REASONED.fullmatch(text) or not self._control.isdisjoint(writing.ids):
+            return False
+        writing.ids += self._encode(_REQUEST if text.endswith("\n") else f"\n{_REQUEST}")
+        return True
 
-    def _words(self, text: str) -> list[int]:
+    async def _decide(self, prompt: GuardPrompt, ask: _Ask, writing: _Writing, filling: Filling | Brief) -> None:
+        """One token of which the choice is the guard's. Without reasoning it may refuse to label at all."""
+        open_ids = list(filling.open() if isinstance(filling, Filling) else self._first)
+        allowed = open_ids if prompt.think or isinstance(filling, Filling) else None
+        output = await ask(
+            writing, _greedy(max_tokens=1, allowed_token_ids=allowed, logprob_token_ids=open_ids, detokenize=False)
+        )
+        filling.take(writing.ids[-1], {id: one.logprob for id, one in output.logprobs[0].items()})
+
+    async def _fill(self, prompt: GuardPrompt, ask: _Ask) -> _Writing:
+        """A form with reasoning, in one request."""
+        assert self._form is not None
+        writing, filling = _Writing(), self._form.start((), answered=prompt.answered)
+        deciding = sorted({id for slot in filling.slots if slot.decides for id in filling.open_to(slot)})
+        params = _greedy(
+            max_tokens=prompt.max_new_tokens + 1,  # the end of the output, which is no part of it
+            logprob_token_ids=deciding,
+            detokenize=False,
+            extra_args={FORM: [prompt.answered]},
+        )
+        output = await ask(writing, params)
+        for token, found in zip(writing.ids, output.logprobs, strict=True):
+            if filling.complete:
+                break
+            filling.take(token, {id: one.logprob for id, one in found.items()})
+        if writing.ids[-1] == self._encoder.im_end:
+            writing.ids.pop()
+            writing.decoded -= 1
+        writing.cut = not filling.complete or writing.decoded > prompt.max_new_tokens
+        writing.scores, writing.thought = filling.scores, self._thought(writing.ids)
+        return writing
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -274,63 +305,43 @@ class VllmEngine:
             (n for n in range(1, len(ids) + 1) if END_THINK in self._tokenizer.decode(ids[max(0, n - _TAIL) : n])), None
         )
 
-    # -- a form
-
-    async def _fill(self, id: str, prompt: GuardPrompt, pictures: _Pictures, priority: int) -> _Writing:
-        assert self._form is not None
-        writing = _Writing()
-        filling = self._form.start((), answered=prompt.answered, think=prompt.think)
-        deciding = sorted({id for slot in filling.slots if slot.decides for id in filling.open_to(slot)})
-        params = _greedy(
-            max_tokens=prompt.max_new_tokens + 1,  # the end of the output, which is no part of it
-            logprob_token_ids=deciding,
-            detokenize=False,
-            extra_args={"guard_form": [prompt.answered, prompt.think]},
-        )
-        output = await self._ask(prompt, pictures, id, writing, params, 2 * priority)
-        for token, found in zip(writing.ids, output.logprobs, strict=True):
-            if filling.complete:
-                break
-            filling.take(token, {id: one.logprob for id, one in found.items()})
-        if filling.complete and writing.ids[-1] == self._encoder.im_end:
-            writing.ids.pop()
-        writing.cut = not filling.complete or len(writing.ids) > prompt.max_new_tokens
-        writing.scores, writing.reasoned = dict(filling.scores), self._thought(writing.ids)
-        return writing
-
     # -- vLLM
 
     async def _ask(
         self,
+        id: str,
         prompt: GuardPrompt,
         pictures: _Pictures,
-        id: str,
+        priority: int,
         writing: _Writing,
         params: SamplingParams,
-        priority: int,
-    ) -> Any:
-        """One request to vLLM after what is written so far, which it adds to; returns its ``CompletionOutput``."""
-        ask = TokensPrompt(prompt_token_ids=[*prompt.ids, *writing.ids])
+    ) -> CompletionOutput:
+        """One request to vLLM after what is written so far, to which it adds."""
+        tokens = TokensPrompt(prompt_token_ids=[*prompt.ids, *writing.ids])
         if pictures.images:
-            ask["multi_modal_data"] = {"image": list(pictures.images)}
-            ask["multi_modal_uuids"] = {"image": list(pictures.names)}
+            tokens["multi_modal_data"] = {"image": list(pictures.images)}
+            tokens["multi_modal_uuids"] = {"image": list(pictures.names)}
+        # What has begun goes before anything of its class that has not: its place in the cache is warm.
+        priority = 2 * priority - (writing.asked > 0)
         answer: RequestOutput | None = None
         try:
-            (rendered,) = await self._llm.renderer.render_cmpl_async([ask])
-            async with aclosing(self._llm.generate(rendered, params, id, priority=priority)) as outputs:
+            (rendered,) = await self._llm.renderer.render_cmpl_async([tokens])
+            async with aclosing(
+                self._llm.generate(rendered, params, f"{id}-{writing.asked}", priority=priority)
+            ) as outputs:
                 async for output in outputs:
                     answer = output
         except EngineDeadError:
             raise GuardError(GuardErrorKind.UNAVAILABLE, "vLLM's engine has died") from None
-        if answer is None or not answer.finished or answer.outputs[0].finish_reason not in ("stop", "length"):
+        if answer is None or answer.outputs[0].finish_reason not in ("stop", "length"):
             raise GuardError(GuardErrorKind.INTERNAL, "vLLM gave up the request")
-        read = len(answer.prompt_token_ids or ()) - len(writing.ids)
-        if read != len(prompt.ids) + pictures.extra_tokens:
+        if len(answer.prompt_token_ids or ()) != len(prompt.ids) + pictures.extra_tokens + len(writing.ids):
             raise GuardError(GuardErrorKind.INTERNAL, "vLLM shows the guard other images than were planned")
-        writing.prompt_tokens = read
         if answer.metrics is not None:
             writing.queue_seconds += max(0.0, answer.metrics.scheduled_ts - answer.metrics.queued_ts)
-        writing.ids += answer.outputs[0].token_ids
+        written = answer.outputs[0].token_ids
+        writing.ids, writing.decoded = [*writing.ids, *written], writing.decoded + len(written)
+        writing.asked += 1
         return answer.outputs[0]
 
     async def _pictures(self, prompt: GuardPrompt) -> _Pictures:
@@ -365,7 +376,7 @@ class _Pictures:
     extra_tokens: int
 
 
-class _Stats(StatLoggerBase):
+class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where this is checked
     """Keeps vLLM's latest figures of one rank."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:

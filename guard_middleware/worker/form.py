@@ -120,7 +120,7 @@ class Filling:
 
     def choose(self, logits: Tensor) -> int:
         """The next id; ``logits`` is the row of scores, by id. Not to be called when ``complete``."""
-        chosen = _likeliest(logits, self._open())
+        chosen = _likeliest(logits, self.open())
         self.take(chosen, logits)
         return chosen
 
@@ -141,7 +141,7 @@ class Filling:
     def run_on(self) -> list[int]:
         """Fills in what leaves no choice, up to the next one; returns those ids."""
         ids: list[int] = []
-        while not self.complete and len(only := self._open()) == 1:
+        while not self.complete and len(only := self.open()) == 1:
             self.take(only[0])
             ids.append(only[0])
         return ids
@@ -158,7 +158,8 @@ class Filling:
             return slot.sides[0] + slot.sides[1]
         return slot.sides[0 if self.scores[slot.name] >= 0.5 else 1]
 
-    def _open(self) -> tuple[int, ...]:
+    def open(self) -> tuple[int, ...]:
+        """The ids of which the next is one."""
         slot = self.slots[self._index]
         if not slot.quote:
             return self.open_to(slot)

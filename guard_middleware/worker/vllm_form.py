@@ -1,7 +1,7 @@
 """Fills in forms (``worker.form``) inside vLLM: a logits processor of its first model runner.
 
 It runs in vLLM's engine process, which loads it by name. A request with
-``extra_args={"guard_form": [answered, think]}`` may at each step write only what its form leaves open, and its end when
+``extra_args={"guard_form": [answered]}`` may at each step write only what its form leaves open, and its end when
 the form is complete; others pass untouched. The processor chooses the token itself, from the model's scores, and leaves
 vLLM's sampler no other.
 
@@ -53,7 +53,7 @@ class _FileTokenizer:
     backend_tokenizer: Tokenizer
 
 
-class FormProcessor(LogitsProcessor):
+class FormProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there where this is checked
     """See the module. Raises ``ConfigError`` for a model without a form."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -76,8 +76,7 @@ class FormProcessor(LogitsProcessor):
         stated = (params.extra_args or {}).get("guard_form")
         if stated is None:
             return None
-        answered, think = stated
-        return _Row(self._form.start((prompt or [])[self._frame], answered=answered, think=think), written)
+        return _Row(self._form.start((prompt or [])[self._frame], answered=stated[0]), written)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for index, row in self._rows.items():
