@@ -89,7 +89,7 @@ class EndpointGuard:
         named = json.dumps([form.name, options.model, options.revision, policy])
         self._revision = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._turns = asyncio.Semaphore(options.concurrency)
-        self._waiting = self._running = 0
+        self._asked = self._running = 0
         self._server = Server(options.base, options.key)
 
     @property
@@ -119,7 +119,7 @@ class EndpointGuard:
         return self._verdict(request, judged, usage, loop.time() - started)
 
     def gauges(self) -> Mapping[str, float]:
-        return {"queue_depth": self._waiting, "running": self._running}
+        return {"queue_depth": self._asked - self._running, "running": self._running}
 
     def stalled(self) -> float:
         return 0.0  # nothing runs here
@@ -180,9 +180,13 @@ class EndpointGuard:
         A harmful answer stands whatever failed beside it, and so does a harmful request that is asked about alone;
         where the request's own label is what failed, it shares the answer's.
         """
-        if self._waiting and self._waiting + len(questions) > self._options.max_queue:
+        if self._asked and self._asked + len(questions) > self._options.concurrency + self._options.max_queue:
             raise GuardError(GuardErrorKind.OVERLOADED, "too many questions wait for the endpoint", retry_after=1.0)
-        outcomes = await asyncio.gather(*(self._ask_one(question, deadline) for question in questions))
+        self._asked += len(questions)
+        try:
+            outcomes = await asyncio.gather(*(self._ask_one(question, deadline) for question in questions))
+        finally:
+            self._asked -= len(questions)
         errors = [one for one in outcomes if isinstance(one, GuardError)]
         answers = [one for one in outcomes if not isinstance(one, GuardError)]
         judged = [finding for found, _ in answers for finding in found]
@@ -197,18 +201,12 @@ class EndpointGuard:
 
     async def _ask_one(self, question: Question, deadline: float) -> tuple[list[Judged], Usage] | GuardError:
         try:
-            async with asyncio.timeout_at(deadline):
-                self._waiting += 1
-                try:
-                    await self._turns.acquire()
-                finally:
-                    self._waiting -= 1
+            async with asyncio.timeout_at(deadline), self._turns:
                 self._running += 1
                 try:
                     completion = await self._server.complete(question, self.model, logprobs=self._logprobs)
                 finally:
                     self._running -= 1
-                    self._turns.release()
             parsed = self._format.parse(completion.output, question)
         except TimeoutError:
             return GuardError(GuardErrorKind.TIMEOUT, "no answer of the endpoint before the deadline")

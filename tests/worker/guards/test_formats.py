@@ -171,10 +171,10 @@ def test_every_category_has_a_neutral_name():
 
 PIECES = [
     *("safe", "unsafe", "S1", ",", "\n", " ", "Safety: ", "Safe", "Unsafe", "Categories: ", "None", "Violent"),
-    *("Yes", "No", "Refusal: ", "<answer>", "</answer>", CRIMES, '{"violation": 0}'),
-    *('"policy_category": "L.1"', "{", "}", '"violation": 1', "<think>", "</think>", "<result>", "</result>", "Request: harmful\n", "harmful"),
+    *("Yes", "No", "Refusal: ", "<answer>", "</answer>", CRIMES, '{"violation": 0}', '"policy_category": "L.1"'),
+    *("{", "}", '"violation": 1', "<think>", "</think>", "<result>", "</result>", "Request: harmful\n", "harmful"),
     *(row[2] for row in PUBLISHED),
-]  # fmt: skip
+]
 targets = st.sampled_from(["request", "response"])
 outputs = st.builds(
     Output,
