@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from guard_middleware.errors import ConfigError
 from guard_middleware.worker import endpoint, serve
@@ -16,11 +18,11 @@ from guard_middleware.worker.app import MAX_FRAME, Guard, Worker
 from guard_middleware.worker.batching import BatchLimits
 from guard_middleware.worker.calibration import Calibration
 from guard_middleware.worker.calibration import read as read_calibration
-from guard_middleware.worker.engine import BatchEngine
+from guard_middleware.worker.engine import BatchEngine, Engine
 from guard_middleware.worker.guards import NAMES, guard_format
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, Reader, ServiceLimits
-from guard_middleware.worker.weights import resolve
+from guard_middleware.worker.weights import Weights, resolve
 
 _EPILOG = """\
 examples:
@@ -28,6 +30,9 @@ examples:
       python -m guard_middleware.worker --socket /run/guard/guard.sock
   a published guard from the hub's cache, on TCP
       python -m guard_middleware.worker --model yueliu1999/GuardReasoner-VL-Eco-3B --port 9000
+  the same on a GPU, on vLLM, split over two cards
+      python -m guard_middleware.worker --model yueliu1999/GuardReasoner-VL-Eco-3B --socket /run/guard/guard.sock \\
+          --engine vllm --vllm-arg tensor_parallel_size=2
   a guard that a server beside it runs (docs/guards.md); no torch is needed here
       python -m guard_middleware.worker --socket /run/guard/guard.sock --endpoint http://127.0.0.1:8000 \\
           --endpoint-model Qwen/Qwen3Guard-Gen-4B --guard-format qwen3guard-gen
@@ -57,9 +62,26 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--allow-remote", action="store_true", help="accept a --host that others can reach; there is no authentication"
     )
+    engine = cli.add_argument_group("what runs the model (docs/worker.md)")
+    engine.add_argument(
+        "--engine",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="transformers, which runs anywhere, or vllm, for a GPU (default: transformers)",
+    )
+    engine.add_argument(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one of vLLM's engine arguments, the value as JSON or as a bare word; may be repeated",
+    )
+    engine.add_argument("--vllm-args", type=Path, metavar="FILE", help="several of them, as one JSON object")
     load = cli.add_argument_group("how much it takes on")
     load.add_argument("--threads", type=_positive, help="CPU threads of the model (default: torch's choice)")
-    load.add_argument("--max-batch", type=_positive, default=8, help="prompts per batch (default: 8)")
+    load.add_argument(
+        "--max-batch", type=_positive, help="prompts that run at once (default: 8, and 256 with --engine vllm)"
+    )
     load.add_argument(
         "--max-queue", type=_positive, default=256, help="prompts that wait; more are told to come back (default: 256)"
     )
@@ -116,7 +138,7 @@ async def load(options: argparse.Namespace, metrics: Metrics) -> Guard:
     if options.endpoint is not None:
         return await _remote(options)
     engine, reader, read_by_default, calibration = await asyncio.to_thread(_build, options)
-    limits = ServiceLimits(BatchLimits(options.max_batch, options.max_queue, options.max_queue_tokens))
+    limits = ServiceLimits(BatchLimits(_max_batch(options), options.max_queue, options.max_queue_tokens))
     service = GuardService(
         engine, metrics, reader=reader, read_by_default=read_by_default, calibration=calibration, limits=limits
     )
@@ -151,16 +173,13 @@ async def _remote(options: argparse.Namespace) -> Guard:
     return await endpoint.load(guard_format(options.guard_format, policy), remote, policy=policy)
 
 
-def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, bool, Calibration]:
+def _max_batch(options: argparse.Namespace) -> int:
+    return int(options.max_batch or (256 if options.engine == "vllm" else 8))
+
+
+def _build(options: argparse.Namespace) -> tuple[BatchEngine | Engine, Reader | None, bool, Calibration]:
     weights = resolve(options.model)
     calibration = read_calibration(weights.folder, weights.facts.revision) if options.calibration else Calibration()
-    try:
-        import torch
-
-        from guard_middleware.worker.engine_transformers import TransformersEngine
-    except ModuleNotFoundError as error:
-        remedy = "pip install 'guard-middleware[worker,ocr]'"
-        raise ConfigError(f"the worker needs {error.name}, which is not installed", remedy=remedy) from None
     read_by_default = weights.facts.reader if options.reader is None else options.reader
     reader = None
     if options.reader is not False:  # a policy may ask for it where it is not the default
@@ -171,9 +190,58 @@ def _build(options: argparse.Namespace) -> tuple[BatchEngine, Reader | None, boo
         except ConfigError:
             if read_by_default:
                 raise
+    build = _vllm if options.engine == "vllm" else _transformers
+    return build(weights, options), reader, read_by_default, calibration
+
+
+def _transformers(weights: Weights, options: argparse.Namespace) -> BatchEngine:
+    if options.vllm_arg or options.vllm_args:
+        raise ConfigError("--vllm-arg is for another engine", path="--vllm-arg", remedy="add --engine vllm")
+    try:
+        import torch
+
+        from guard_middleware.worker.engine_transformers import TransformersEngine
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'guard-middleware[worker,ocr]'"
+        raise ConfigError(f"the worker needs {error.name}, which is not installed", remedy=remedy) from None
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return TransformersEngine(weights, max_batch=options.max_batch), reader, read_by_default, calibration
+    return TransformersEngine(weights, max_batch=_max_batch(options))
+
+
+def _vllm(weights: Weights, options: argparse.Namespace) -> Engine:
+    if options.threads is not None:
+        raise ConfigError("--threads is for the CPU", path="--threads", remedy="leave it out, or set OMP_NUM_THREADS")
+    args = _vllm_args(options)
+    try:
+        from guard_middleware.worker.engine_vllm import VllmEngine
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'guard-middleware[vllm]' where there is a GPU, or choose --engine transformers"
+        why = f"--engine vllm needs {error.name}, which is not installed"
+        raise ConfigError(why, path="--engine", remedy=remedy) from None
+    return VllmEngine(weights, max_batch=_max_batch(options), args=args)
+
+
+def _vllm_args(options: argparse.Namespace) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    if options.vllm_args is not None:
+        try:
+            read = json.loads(options.vllm_args.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            why = f"cannot be read as JSON ({type(error).__name__})"
+            raise ConfigError(why, path=f"--vllm-args {options.vllm_args}") from None
+        if not isinstance(read, dict):
+            raise ConfigError("must hold one JSON object", path=f"--vllm-args {options.vllm_args}")
+        args |= read
+    for stated in options.vllm_arg:
+        key, equals, value = stated.partition("=")
+        if not equals or not key:
+            raise ConfigError("is no KEY=VALUE", path=f"--vllm-arg {stated}", remedy="as in tensor_parallel_size=2")
+        try:
+            args[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            args[key.replace("-", "_")] = value
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

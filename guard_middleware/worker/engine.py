@@ -7,7 +7,7 @@ one thread (transformers) implements ``BatchEngine``. ``continuous.runner`` know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -71,6 +71,10 @@ class Engine(Model, Protocol):
     @property
     def dead(self) -> bool:
         """Nothing will ever come of it again; the process should end."""
+        ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """Its own figures as of now, by name."""
         ...
 
     async def generate(self, id: str, prompt: GuardPrompt, priority: int = 0) -> Generation:

@@ -167,7 +167,7 @@ class VllmEngine:
             "max_model_len": self._limit,
             "scheduling_policy": "priority",
             "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
-            "mm_processor_kwargs": {"min_pixels": facts.min_pixels, "max_pixels": facts.max_pixels},
+            "mm_processor_kwargs": {"size": {"shortest_edge": facts.min_pixels, "longest_edge": facts.max_pixels}},
         }
         defaults: dict[str, Any] = {
             "served_model_name": facts.name,

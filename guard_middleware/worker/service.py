@@ -138,6 +138,7 @@ class GuardService:
             "queue_tokens": self._runner.queued_tokens,
             "running": self._runner.running,
             "reading": self._reading,
+            **({} if isinstance(self._engine, BatchEngine) else self._engine.gauges()),
         }
 
     def stalled(self) -> float:
@@ -145,6 +146,8 @@ class GuardService:
 
     async def aclose(self) -> None:
         await self._runner.aclose()
+        if not isinstance(self._engine, BatchEngine):
+            await self._engine.close()
         for pool in (self._read_pool, self._plan_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
