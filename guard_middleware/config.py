@@ -276,6 +276,10 @@ class Worker(Section):
     manage: bool | None = Field(
         default=None, description="true or false: whether the gateway starts and restarts the worker"
     )
+    balanced: bool = Field(
+        default=False,
+        description="true where a load balancer, such as Ray Serve, stands at the URL: each question is a request then",
+    )
     threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the worker, 1 to 256")
     weights: Weights | None = Field(
         default=None, description="a mapping, such as {directory: /srv/guard-weights}; left out, `model` alone serves"
@@ -294,6 +298,8 @@ class Worker(Section):
             raise refuse("a worker at a URL is started elsewhere", "write manage: false, or use socket", "manage")
         if self.url is not None and self.threads is not None:
             raise refuse("`threads` has no effect on a worker that is started elsewhere", "remove it", "threads")
+        if self.balanced and self.url is None:
+            raise refuse("`balanced` has no effect without a URL", "write url beside it, or remove it", "balanced")
         if self.weights is not None and not self.managed:
             raise refuse("weights of a worker that is started elsewhere", "change what listens there", "weights")
         if self.weights is not None and self.socket is not None:

@@ -33,7 +33,7 @@ from guard_middleware.wire import ModerationRequest, WireError, decode_answer, e
 logger = logging.getLogger(__name__)
 
 #: bytes of one answer; a longer one is refused
-_MAX_ANSWER = 8 * 1024 * 1024
+MAX_ANSWER = 8 * 1024 * 1024
 #: what a verdict may take past its deadline before this side gives up: the worker's own timeout says more
 _SLACK = 0.05
 _BACKOFF_MIN, _BACKOFF_MAX = 0.05, 1.0
@@ -71,16 +71,7 @@ class GuardClient:
             return GuardError(GuardErrorKind.TIMEOUT, "no time was left to ask the guard")
         try:
             async with asyncio.timeout_at(started + request.deadline + _SLACK):
-                session = self._session
-                if session is None or session.dead:
-                    session = await self._connect()
-                self._count += 1
-                left = started + request.deadline - loop.time()
-                question = replace(request, id=f"{request.id}#{self._count}", deadline=max(left, 0.001))
-                frame = encode_request(question)
-                if len(frame) > self._max_frame:
-                    return GuardError(GuardErrorKind.TOO_LONG, "the content exceeds what one question may hold")
-                outcome = await session.ask(question.id, frame)
+                outcome = await self._ask(request, started + request.deadline)
         except TimeoutError:
             return GuardError(GuardErrorKind.TIMEOUT, "no verdict before the deadline")
         except GuardError as error:
@@ -92,6 +83,23 @@ class GuardClient:
         if isinstance(outcome, Verdict) and outcome.judging != request.judging:
             return GuardError(GuardErrorKind.INTERNAL, "the worker judged in another mode than it was asked to")
         return outcome
+
+    async def _ask(self, request: ModerationRequest, end: float) -> Verdict | GuardError:
+        """What the worker says; raises ``GuardError`` and ``WireError``, and ends by cancellation at the latest."""
+        session = self._session
+        if session is None or session.dead:
+            session = await self._connect()
+        return await session.ask(*self._framed(request, end))
+
+    def _framed(self, request: ModerationRequest, end: float) -> tuple[str, bytes]:
+        """The question under an id that no other has, and its frame with the time that is left until ``end``."""
+        self._count += 1
+        left = end - asyncio.get_running_loop().time()
+        question = replace(request, id=f"{request.id}#{self._count}", deadline=max(left, 0.001))
+        frame = encode_request(question)
+        if len(frame) > self._max_frame:
+            raise GuardError(GuardErrorKind.TOO_LONG, "the content exceeds what one question may hold")
+        return question.id, frame
 
     async def ready(self) -> bool:
         """True if the worker says that it can moderate. Never raises; answers within two seconds."""
@@ -166,13 +174,13 @@ class GuardClient:
         if self._address.startswith("http"):
             uri = f"ws://{urlsplit(self._address).netloc}/v1/session"
             return await connect(
-                uri, proxy=None, compression=None, max_size=_MAX_ANSWER, ping_interval=None, close_timeout=1.0
+                uri, proxy=None, compression=None, max_size=MAX_ANSWER, ping_interval=None, close_timeout=1.0
             )
         return await unix_connect(
             self._address,
             "ws://worker/v1/session",
             compression=None,
-            max_size=_MAX_ANSWER,
+            max_size=MAX_ANSWER,
             ping_interval=None,
             close_timeout=1.0,
         )
@@ -195,7 +203,7 @@ class _Session:
             await self._connection.send(frame)
             return await future
         except ConnectionClosed:
-            return _gone()
+            return gone()
         except asyncio.CancelledError:  # the deadline, or the caller went away
             self._chore(self._cancel(id))
             raise
@@ -219,7 +227,7 @@ class _Session:
     async def _read(self) -> None:
         try:
             async for message in self._connection:
-                id, outcome = _decode(message)
+                id, outcome = decoded(message)
                 future = self._pending.pop(id, None)
                 if future is None or future.done():
                     self._client.unknown_answers += 1
@@ -235,14 +243,16 @@ class _Session:
             self._client.on_lost()
             for future in self._pending.values():
                 if not future.done():
-                    future.set_result(_gone())
+                    future.set_result(gone())
 
 
-def _gone() -> GuardError:
+def gone() -> GuardError:
+    """What becomes of a question whose worker is no more."""
     return GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker went away", retry_after=1.0)
 
 
-def _decode(message: str | bytes) -> tuple[str, Verdict | GuardError]:
+def decoded(message: str | bytes) -> tuple[str, Verdict | GuardError]:
+    """A worker's answer; raises ``WireError``."""
     if isinstance(message, str):
         raise WireError("a text message")
     id, outcome = decode_answer(message)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from guard_middleware.config import Worker
 from guard_middleware.errors import GuardError, GuardErrorKind
+from guard_middleware.guard.balanced import BalancedGuardClient
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess, worker_command
 
@@ -35,7 +36,7 @@ class Workers:
         self._starting = asyncio.Lock()
         for name, section in sections.items():
             address = self._address(name, section)
-            self.clients[name] = GuardClient(address)
+            self.clients[name] = BalancedGuardClient(address) if section.balanced else GuardClient(address)
             if section.managed:
                 argv = worker_command(section.model, address, threads=section.threads)
                 self.processes[name] = WorkerProcess(argv, address, on_event=_log)
