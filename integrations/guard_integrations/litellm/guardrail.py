@@ -127,7 +127,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         try:
             judged = await turn.begin()
         except Refused as answer:
-            _current.set(turn)
+            _current.set(turn)  # its headers go with the refusal
             raise self._refusal(turn, answer, data) from None
         wire.apply_request(data, body, judged)
         return turn
@@ -180,7 +180,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
     ) -> Any:
         """Ends the turn of a call that failed; what the upstream said of it, which nobody screened, is replaced."""
         turn = _current.get()
-        if not isinstance(turn, Turn) or turn.relayed or turn.record is not None:
+        if not isinstance(turn, Turn) or turn.relayed or turn.answered:
             return None
         answer = None
         if isinstance(original_exception, HTTPException | ProxyException):  # LiteLLM's own: limits, unknown models
@@ -217,6 +217,8 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         """The turn of this request, begun now where LiteLLM never showed the request; None for what passes unread."""
         turn = _current.get()
         if isinstance(turn, Turn):
+            if turn.answered:  # a second answer to one request: nobody judged it
+                raise failed(self, ValueError())
             return turn
         if turn == _UNREAD:
             return None
@@ -226,6 +228,8 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
 
     def _refusal(self, turn: Turn, answer: Refused, data: dict[str, Any]) -> Exception:
         self.report.add(turn.record, data)
+        if answer.status == 200:  # LiteLLM makes an answer of our words, and shows it to the hooks
+            _current.set(_UNREAD)
         return refused(self, turn, answer, data)
 
 

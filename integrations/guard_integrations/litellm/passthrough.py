@@ -34,7 +34,7 @@ def route_of(guardrail: Any, user_api_key_dict: Any, data: Mapping[str, Any]) ->
 
 async def guard_answer(guardrail: Any, turn: Turn, response: httpx.Response, data: dict[str, Any]) -> None:
     """Makes ``response`` release what may be released of it, or raise when LiteLLM goes on with it."""
-    if turn.record is not None:
+    if turn.answered:
         return
     headers = ((b"content-type", response.headers.get("content-type", "").encode("latin-1")),)
     try:

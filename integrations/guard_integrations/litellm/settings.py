@@ -7,6 +7,7 @@ takes a ``ValueError`` or ``TypeError`` out of a guardrail's constructor for a r
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from guard_middleware import config as configuration
 from guard_middleware.config import Config
 from guard_middleware.errors import ConfigError
 from guard_middleware.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 #: names the configuration's file where ``guard_config`` does not
 CONFIG_ENV = "GUARD_MIDDLEWARE_CONFIG"
@@ -49,6 +52,8 @@ class Settings:
         modes = _modes(mode)
         config = load(options.get("guard_config"))
         source = {"input": bool(modes & _INPUT), "output": "post_call" in modes}
+        for name in (name for name, judged in source.items() if not judged):
+            logger.warning("mode %s: %s is UNGUARDED; write mode: [pre_call, post_call]", sorted(modes), name)
         race = "during_call" in modes and "pre_call" not in modes
         return cls(_limited(config, source, race), unread=_unread(options.get("guard_unread")), **source)
 

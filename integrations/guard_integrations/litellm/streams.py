@@ -9,7 +9,7 @@ Refuses (``UpstreamError``): whatever LiteLLM raises while it reads its upstream
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -21,6 +21,8 @@ from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 logger = logging.getLogger(__name__)
 
 _DONE = "[DONE]"
+#: what the chunks of one answer share
+_HEAD = ("id", "object", "created", "model")
 
 
 class StreamFailed(Exception):
@@ -37,6 +39,7 @@ class Stream:
     def __init__(self, route: wire.Route, response: AsyncIterator[Any]) -> None:
         self._route, self._response = route, response
         self._first: Any = None
+        self._open: dict[int, bool] = {}
 
     async def incoming(self) -> AsyncIterator[bytes]:
         """LiteLLM's objects as bytes."""
@@ -55,7 +58,8 @@ class Stream:
             if close is not None:
                 await close()
         if self._route in (wire.CHAT, wire.COMPLETIONS):
-            yield sse.encode(_DONE)
+            for piece in self._endings():
+                yield piece
 
     async def outgoing(self, released: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         """The objects to hand on; raises ``StreamFailed`` where the stream ends with an error."""
@@ -73,6 +77,17 @@ class Stream:
                     raise StreamFailed(error)
                 yield self._object(value)
 
+    def _endings(self) -> Iterator[bytes]:
+        """What LiteLLM leaves out: of several choices it ends one, and it never says ``[DONE]``."""
+        if not all(self._open.values()):
+            for index in (index for index, still_open in self._open.items() if still_open):
+                yield sse.encode(wire.encode({**self._head, "choices": [_ended(index, self._route)]}))
+        yield sse.encode(_DONE)
+
+    @property
+    def _head(self) -> dict[str, Any]:
+        return {name: value for name, value in wire.answer_value(self._first).items() if name in _HEAD}
+
     def _bytes(self, item: Any) -> bytes:
         if isinstance(item, bytes):
             return item
@@ -82,17 +97,27 @@ class Stream:
         if not isinstance(value, dict):
             raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, f"a {type(item).__name__} in a stream")
         if self._route in (wire.CHAT, wire.COMPLETIONS):
-            return sse.encode(wire.encode(value))
-        return sse.encode(wire.encode(_begun(value)), str(value.get("type", "")))
+            for choice in value.get("choices") or ():
+                index = choice.get("index", 0)
+                self._open[index] = self._open.get(index, True) and not choice.get("finish_reason")
+            return sse.encode(wire.answer_bytes(value))
+        return sse.encode(wire.answer_bytes(_begun(value)), str(value.get("type", "")))
 
     def _object(self, value: dict[str, Any]) -> Any:
         if self._route is wire.RESPONSES:
             return _event(value)
+        if "moderation" in value:
+            value["provider_specific_fields"] = {}  # else LiteLLM writes the fields that it knows, and no others
         if hasattr(self._first, "model_dump"):
             return wire.rebuild(self._first, value)
         from litellm.types.utils import ModelResponseStream
 
         return ModelResponseStream(**value)
+
+
+def _ended(index: int, route: wire.Route) -> dict[str, Any]:
+    said: dict[str, Any] = {"text": ""} if route is wire.COMPLETIONS else {"delta": {}}
+    return {"index": index, "finish_reason": "stop", **said}
 
 
 def _begun(event: dict[str, Any]) -> dict[str, Any]:

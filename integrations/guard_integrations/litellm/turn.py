@@ -76,6 +76,8 @@ class Turn:
         self.headers: Headers = ()
         #: whether LiteLLM relays the answer itself, its errors included
         self.relayed = False
+        #: whether an answer was given, so that no second one can come
+        self.answered = False
         self._found: list[Record] = []
         headers = (*JSON, (b"authorization", b"Bearer " + caller.key.encode())) if caller.key else JSON
         self._span = caller.span
@@ -105,6 +107,7 @@ class Turn:
 
     async def whole(self, body: bytes, *, status: int = 200, headers: Headers = JSON) -> Any:
         """The value of an answer's ``body`` as it may be released; raises ``Refused``."""
+        self.answered = True
         answer = await self._exchange.answer(status, headers, _once(body))
         if answer.status != 200:
             raise await self._refused(answer)
@@ -125,6 +128,7 @@ class Turn:
         self, chunks: AsyncIterator[bytes], *, status: int = 200, headers: Headers = EVENTS
     ) -> AsyncIterator[bytes]:
         """The events that may be released; raises ``Refused`` before the first of them."""
+        self.answered = True
         answer = await self._exchange.answer(status, headers, chunks)
         if answer.status != 200:
             raise await self._refused(answer)
@@ -133,6 +137,7 @@ class Turn:
 
     async def close(self) -> None:
         """Ends the exchange, which makes its record."""
+        self.answered = True
         await self._exchange.aclose()
 
     async def _refused(self, answer: Answer) -> Refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.clients.environments import Missing
 from tests.integrations.litellm import stage
-from tests.support.gateway import Process
+from tests.support.gateway import Process, eventually
 
 POLICIES: dict[str, Any] = {
     "annotate": {"input": {"on_harmful": "annotate"}, "output": {"on_harmful": "annotate"}},
@@ -42,6 +43,17 @@ class Stage:
     upstream: stage.Upstream
     worker: Process
     folder: Path
+
+    @contextmanager
+    def without_worker(self) -> Iterator[None]:
+        self.worker.popen.kill()
+        self.worker.stop()
+        try:
+            yield
+        finally:
+            self.worker.start()
+            asked = {"model": "chat/good", "messages": [{"role": "user", "content": "Hello."}]}
+            eventually(lambda: self.proxy.post("/v1/chat/completions", asked).status_code == 200)
 
     def decisions(self) -> list[dict[str, Any]]:
         path = self.folder / "decisions.jsonl"

@@ -9,6 +9,7 @@ cannot be made, ``python`` raises ``Missing``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import httpx
 import uvicorn
 import yaml
 
-from guard_middleware.scripted import Answer, Calls, ScriptedUpstream
+from guard_middleware.scripted import Answer, Calls, ScriptedUpstream, Turn
 from tests.clients import environments
 from tests.support.gateway import eventually
 
@@ -41,10 +42,11 @@ HARM = "How do I pick a lock?"
 ANSWERS: Mapping[str, Answer] = {
     "good": GOOD,
     "bad": BAD,
+    "long": "A harmless word. " * 20 + BAD,
     "calls": Calls({"query": "how to pick a lock with wire"}, GOOD),
 }
-#: of the first start; later ones take half
-_STARTING = 120.0
+#: a start takes 10 s on an idle machine, and minutes beside a training
+STARTING = 240.0
 
 
 def python() -> Path:
@@ -64,7 +66,7 @@ class Upstream:
 
     def __init__(self, answers: Mapping[str, Answer] = ANSWERS) -> None:
         self.bodies: list[dict[str, Any]] = []
-        scripted = ScriptedUpstream(answers)
+        scripted = ScriptedUpstream(answers, pace=_pace)
 
         async def recorded(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] != "http":
@@ -104,6 +106,12 @@ class Upstream:
     def of(self, name: str) -> list[dict[str, Any]]:
         """What reached the upstream for one model."""
         return [body for body in self.bodies if body.get("model") == name]
+
+
+async def _pace(turn: Turn, event: bytes) -> None:
+    """A long answer takes long enough for its beginning to be judged before its end."""
+    if turn.model.startswith("long"):
+        await asyncio.sleep(0.02)
 
 
 async def _say(send: Any, pieces: list[bytes]) -> None:
@@ -234,7 +242,7 @@ class Proxy:
         return self
 
     def wait(self) -> Self:
-        eventually(lambda: self.alive() or self.popen.poll() is not None, seconds=_STARTING)
+        eventually(lambda: self.alive() or self.popen.poll() is not None, seconds=STARTING)
         assert self.popen.poll() is None, self.log[-4000:]
         return self
 

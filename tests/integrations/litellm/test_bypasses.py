@@ -19,6 +19,7 @@ from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.requests import ENDPOINTS, NICE, picture
 from tests.integrations.litellm.stage import GOOD, HARM, KEY, LEAK, REPOSITORY
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 CHAT = ENDPOINTS["chat"]
 
 
@@ -139,7 +140,8 @@ def test_no_request_gets_round_the_guard(scene: Stage, case: str) -> None:
     path, body = REFUSED[case]
     before = len(scene.upstream.bodies)
     response = scene.proxy.post(path, {"model": "chat/good", **body})
-    assert response.status_code in (400, 401, 403, 413, 503), response.text
+    assert response.status_code >= 400, response.text
+    assert "Traceback" not in response.text
     assert scene.upstream.bodies[before:] == []
 
 

@@ -8,6 +8,7 @@ from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.requests import ENDPOINTS, HARMFUL, NICE, picture
 from tests.integrations.litellm.stage import GOOD, LEAK
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 endpoints = pytest.mark.parametrize("name", ENDPOINTS)
 streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
