@@ -32,9 +32,9 @@ class GuardErrorKind(StrEnum):
     UNPARSEABLE = "unparseable"  # the model's output is not exactly one verdict
     TRUNCATED = "truncated"  # the token budget ended before the verdict
     TOO_LONG = "too_long"  # the content exceeds what the guard may be asked to read
-    MEDIA = "media"  # an image that the guard could not decode
+    MEDIA = "media"  # an image that the guard could not decode, or a kind of content that it does not read
     READER = "reader"  # the reader of drawn text failed or ran out of time
-    UNSUPPORTED = "unsupported"  # this guard cannot judge that, or not in the mode that was asked for
+    UNSUPPORTED = "unsupported"  # this guard cannot judge in the mode that was asked for
     INTERNAL = "internal"  # a defect; its traceback is in the worker's log
 
 

@@ -174,7 +174,8 @@ class Server:
         )
 
     async def complete(self, question: Question, model: str, *, logprobs: bool) -> Completion:
-        """Raises ``GuardError``: ``internal`` for a question that the server refuses, and what ``read`` raises."""
+        """Raises ``GuardError``: ``too_long`` or ``media`` for a question that the server refuses for its content,
+        ``internal`` for any that it would refuse, and what ``read`` raises."""
         asked = await asyncio.to_thread(body, question, model, logprobs=logprobs)
         status, headers, answer = await self._send("POST", "chat/completions", asked)
         if status != 200:
@@ -211,10 +212,13 @@ def _refused(status: int, headers: httpx.Headers, answer: bytes) -> GuardError:
         return GuardError(GuardErrorKind.OVERLOADED, f"the endpoint is busy ({status})", retry_after=_after(headers))
     if status >= 500:
         return GuardError(GuardErrorKind.UNAVAILABLE, f"the endpoint failed ({status})", retry_after=1.0)
+    if status not in (400, 413, 422):
+        return GuardError(GuardErrorKind.INTERNAL, f"the endpoint refused the question ({status})")
     said = answer[:4000].decode("utf-8", "replace").lower()
-    if status == 413 or (status in (400, 422) and any(words in said for words in _TOO_LONG)):
+    if status == 413 or any(words in said for words in _TOO_LONG):
         return GuardError(GuardErrorKind.TOO_LONG, "the prompt exceeds what the endpoint's model may read")
-    return GuardError(GuardErrorKind.INTERNAL, f"the endpoint refused the question ({status})")
+    # It takes other questions, so this one's content is why: policies must be able to tell that from an outage.
+    return GuardError(GuardErrorKind.MEDIA, f"the endpoint refuses content like this ({status})")
 
 
 def _after(headers: httpx.Headers) -> float:

@@ -44,7 +44,7 @@ _LIST_SECONDS, _WARM_UP_SECONDS = 10.0, 120.0
 @dataclass(frozen=True, slots=True)
 class EndpointOptions:
     """``url`` is the server's root or its ``/v1``. ``ignore`` is content that the guard does not read and that another
-    guard of an ensemble judges; where it is not ignored, such content is ``GuardError(unsupported)``."""
+    guard of an ensemble judges; where it is not ignored, such content is ``GuardError(media)``."""
 
     url: str
     model: str
@@ -139,7 +139,7 @@ class EndpointGuard:
             try:
                 await self._ask(questions, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
             except GuardError as error:
-                if error.kind is GuardErrorKind.INTERNAL:
+                if error.kind in (GuardErrorKind.INTERNAL, GuardErrorKind.MEDIA):
                     refused = error
                     continue
                 if error.kind not in (GuardErrorKind.UNPARSEABLE, GuardErrorKind.TRUNCATED):
@@ -167,9 +167,9 @@ class EndpointGuard:
     def _check(self, conversation: Conversation) -> None:
         readable = self._format.modalities | self._options.ignore
         if conversation.blobs() and "image" not in readable:
-            raise GuardError(GuardErrorKind.UNSUPPORTED, f"{self._format.name} reads no images")
+            raise GuardError(GuardErrorKind.MEDIA, f"{self._format.name} reads no images")
         if "text" not in readable and any(text.strip() for text in texts(conversation)):
-            raise GuardError(GuardErrorKind.UNSUPPORTED, f"{self._format.name} reads no text")
+            raise GuardError(GuardErrorKind.MEDIA, f"{self._format.name} reads no text")
         characters = sum(map(len, texts(conversation)))
         if characters > self._options.max_characters:
             raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")

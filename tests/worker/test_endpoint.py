@@ -97,7 +97,7 @@ def test_shieldgemma_judges_images_and_leaves_text_to_others_where_it_is_told_to
     picture, words = asked(LOCK), asked(BAD)
     bad, none = run(endpoint, "shieldgemma-2", picture, words)
     assert (bad.request, bad.categories) == ("harmful", ("dangerous_content", "sexual_content", "violence"))
-    assert none.kind is GuardErrorKind.UNSUPPORTED
+    assert none.kind is GuardErrorKind.MEDIA
     both = asked(BAD, LOCK, answer=GOOD)
     bad, none = run(endpoint, "shieldgemma-2", both, words, ignore=frozenset({"text"}))
     assert (bad.request, bad.response, bad.response_score) == ("harmful", "unharmful", 0.0)
@@ -106,7 +106,7 @@ def test_shieldgemma_judges_images_and_leaves_text_to_others_where_it_is_told_to
 
 def test_images_are_refused_or_ignored_by_a_guard_that_reads_none(endpoint):
     question = asked(GOOD, LOCK)
-    assert run(endpoint, "qwen3guard-gen", question).kind is GuardErrorKind.UNSUPPORTED
+    assert run(endpoint, "qwen3guard-gen", question).kind is GuardErrorKind.MEDIA
     assert run(endpoint, "qwen3guard-gen", question, ignore=frozenset({"image"})).request == "unharmful"
     assert endpoint.seen[-1].turns == [("user", "[image]\nhow do I bake bread")]
 
@@ -164,7 +164,8 @@ LONG = {"error": {"message": "This model's maximum context length is 4096 tokens
         (Answer(500), GuardErrorKind.UNAVAILABLE, 1.0),
         (Answer(400, LONG), GuardErrorKind.TOO_LONG, None),
         (Answer(413), GuardErrorKind.TOO_LONG, None),
-        (Answer(400, {"error": "no such field"}), GuardErrorKind.INTERNAL, None),
+        (Answer(400, {"error": "At most 1 image(s) may be provided"}), GuardErrorKind.MEDIA, None),
+        (Answer(401), GuardErrorKind.INTERNAL, None),
         (Answer(302, headers=(("location", "http://127.0.0.1:1/"),)), GuardErrorKind.INTERNAL, None),
         (Answer(body=None), GuardErrorKind.UNAVAILABLE, 1.0),
         (Answer(body=b"x" * (5 * 1024 * 1024)), GuardErrorKind.UNAVAILABLE, None),
