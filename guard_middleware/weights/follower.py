@@ -73,11 +73,11 @@ class Follower:
     ) -> None:
         self.command = command
         self._directory, self._trials = directory, trials
-        self._sockets = tempfile.TemporaryDirectory(prefix="guard-")  # mode 0700
         self._on_entry = on_entry
         self.on_serving: Callable[[str, str], None] = lambda model, revision: None
         self.switch = Switch(trials.share, on_compared)
-        self._lock, self._starting = contextlib.ExitStack(), asyncio.Lock()
+        self._held, self._starting = contextlib.ExitStack(), asyncio.Lock()
+        self._sockets = Path()
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
@@ -103,8 +103,10 @@ class Follower:
                 await self._start()
 
     async def _start(self) -> None:
-        await asyncio.to_thread(self._lock.enter_context, self._directory.following())
+        await asyncio.to_thread(self._held.enter_context, self._directory.following())
         try:
+            # mode 0700
+            self._sockets = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="guard-")))
             self._told = (await asyncio.to_thread(self._directory.read)).number
             found = await self._update(partial(state.recovered, at=now()))
             wrong = await _mismatch(found.active)
@@ -115,7 +117,7 @@ class Follower:
             seat = self._seat(found.active)
             await seat.start()
         except BaseException:
-            self._lock.close()
+            self._held.close()
             raise
         self.switch.active = seat
         self._task = asyncio.create_task(self._follow(), name="guard-weights")
@@ -142,8 +144,7 @@ class Follower:
             self._identities
         )
         await asyncio.gather(*(seat.stop() for seat in seats if seat is not None))
-        self._lock.close()
-        self._sockets.cleanup()
+        self._held.close()
 
     # -- one step after another
 
@@ -295,7 +296,7 @@ class Follower:
 
     def _seat(self, revision: Revision) -> Seat:
         self._seats += 1
-        socket = Path(self._sockets.name) / f"{self._seats}.sock"
+        socket = self._sockets / f"{self._seats}.sock"
         return Seat(revision, self.command(revision.model, str(socket)), socket, self._exited)
 
     def _exited(self, seat: Seat, code: int | None) -> None:
