@@ -123,18 +123,32 @@ def score(completion: Completion, at: int, words: Words) -> float | None:
     """P(harmful) against P(unharmful) of the label that begins at character ``at`` of the output's text.
 
     Weighs the alternatives of the token that holds the label's first character: every beginning of a word of one
-    side and of none of the other. None where the server gave none, or the text is not its tokens put together.
+    side and of none of the other. None where the server gave none, or where the label is not found in its tokens.
     """
-    text, written = completion.output.text, b"".join(token.text for token in completion.tokens)
-    start = written.rfind(text.encode("utf-8", "replace")) if text else -1
-    if at < 0 or start < 0:
+    if at < 0:
         return None
-    position = start + len(text[:at].encode("utf-8", "replace"))
+    position = _place(completion, at)
     for token in completion.tokens:
         if position < len(token.text):
-            return _weigh(token, token.text[:position], words)
+            return _weigh(token, token.text[:position], words) if position >= 0 else None
         position -= len(token.text)
     return None
+
+
+def _place(completion: Completion, at: int) -> int:
+    """Where character ``at`` of the text is in the tokens' bytes, or -1.
+
+    Tokens hold more than the text (reasoning, control tokens), and servers give halves of a letter as another one. So
+    the text is sought from the label to its end, or else the label where the tokens begin as the text does.
+    """
+    written = b"".join(token.text for token in completion.tokens)
+    head, tail = (
+        part.encode("utf-8", "replace") for part in (completion.output.text[:at], completion.output.text[at:])
+    )
+    if not tail.strip():
+        return -1
+    found = written.rfind(tail)
+    return len(head) if found < 0 and written.startswith(head + tail.split()[0]) else found
 
 
 def _weigh(token: Token, before: bytes, words: Words) -> float | None:

@@ -166,6 +166,11 @@ def test_letters_of_several_bytes_before_the_label_do_not_move_it():
     assert score(written(*tokens), 3, SAFE) == pytest.approx(0.75)
 
 
+def test_halves_of_a_letter_after_the_label_do_not_hide_it():
+    tokens = [("\n", []), ("safe", [("safe", 0.25), ("unsafe", 0.75)]), ("\n\ufffd", []), ("\ufffd", [])]
+    assert score(written(*tokens, text="\nsafe\né"), 1, SAFE) == pytest.approx(0.75)
+
+
 def test_a_text_that_is_not_its_tokens_has_no_score():
     assert score(written(("safe", [("safe", 1.0)]), text="Safe"), 0, SAFE) is None
     assert score(written(text="safe"), 0, SAFE) is None
