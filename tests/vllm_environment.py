@@ -5,20 +5,16 @@ Made once (two minutes and 3 GB with a warm cache of pip) and reused while ``vll
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tests.clients import environments
-from tests.clients.environments import CACHE, Missing
+from tests.support.virtualenv import Missing, made
 
 __all__ = ["Missing", "python", "serve", "variables"]
 
 _ROOT = Path(__file__).parents[1]
-_FOLDER = CACHE / "vllm"
-_REQUIREMENTS = Path(__file__).with_name("vllm-requirements.txt")
 _SHIM = Path(__file__).parent / "support" / "torchvision_without_cuda.py"
 #: ``vllm serve`` asks for the version of ``vllm``; the CPU build on PyPI has another name
 _METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
@@ -26,10 +22,7 @@ _METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 
 def python() -> Path:
     """The environment's interpreter; raises ``Missing`` where it cannot be made."""
-    CACHE.mkdir(exist_ok=True)
-    with (CACHE / "vllm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes must not make it at once
-        return _made()
+    return made("vllm", Path(__file__).with_name("vllm-requirements.txt"), _finish)
 
 
 def serve() -> list[str]:
@@ -51,19 +44,9 @@ def variables(**more: str) -> Mapping[str, str]:
     }
 
 
-def _made() -> Path:
-    program = _FOLDER / "bin" / "python"
-    if environments._made(_FOLDER, _REQUIREMENTS):
-        return program
-    shutil.rmtree(_FOLDER, ignore_errors=True)
-    environments._run([sys.executable, "-m", "venv", "--without-pip", str(_FOLDER)])
-    pip = [sys.executable, "-m", "pip", "--python", str(program), "--disable-pip-version-check", "install"]
-    environments._run([*pip, "--quiet", "--no-deps", "--no-compile", "-r", str(_REQUIREMENTS)])
-    packages = next((_FOLDER / "lib").glob("python3*/site-packages"))
+def _finish(packages: Path) -> None:
     shutil.copy(_SHIM, packages)
     (packages / "torchvision_without_cuda.pth").write_text(f"import {_SHIM.stem}\n")
     alias = packages / "vllm-0.32.0+cpu.dist-info"
     alias.mkdir()
     (alias / "METADATA").write_text(_METADATA)
-    environments._make(_FOLDER, _REQUIREMENTS)
-    return program

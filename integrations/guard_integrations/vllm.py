@@ -3,9 +3,11 @@
     GUARD_CONFIG=guard.yaml vllm serve MODEL --middleware guard_integrations.vllm.VLLMGuard
 
 vLLM makes its middleware without arguments, so the configuration's file comes by the environment. Probes and metrics
-(``UNGUARDED``) answer as ever. Refuses every other route of vLLM that is none of the dialects', whether it carries
-content (tokenize, pooling, embeddings, render, token-in-token-out, audio, realtime, SageMaker's invocations) or controls
-the engine; and to start at all where the configuration is missing or broken.
+(``UNGUARDED``) answer as ever.
+
+Refuses every other route of vLLM that is none of the dialects', whether it carries content (tokenize, pooling,
+embeddings, render, token-in-token-out, audio, realtime, SageMaker's invocations) or controls the engine; and to start
+at all where the configuration is missing or broken.
 """
 
 from __future__ import annotations
