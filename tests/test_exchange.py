@@ -221,3 +221,25 @@ def test_what_the_host_drops_is_recorded_once_and_ends_its_call(tmp_path: Path) 
     _, records = run(tmp_path, work)
     assert len(records) == 2
     assert ended
+
+
+@pytest.mark.parametrize(("proxies", "status"), [("[unix]", 400), ("[127.0.0.1/32]", 200)])
+def test_the_hosts_tenant_selects_the_policy_where_it_is_believed(tmp_path: Path, proxies: str, status: int) -> None:
+    yaml = (
+        "policies: {strict: {}, lax: {input: {on_harmful: annotate}}}\n"
+        "default_policy: lax\n"
+        f"tenants: {{header: x-tenant, trusted_proxies: {proxies}, match: [{{tenant: acme, policy: strict}}]}}\n"
+    )
+    log = tmp_path / "decisions.jsonl"
+
+    async def main() -> int:
+        runtime = Runtime(config.parse(f"{yaml}audit: {{path: {json.dumps(str(log))}}}\n"), guard=RuleGuard())
+        try:
+            exchange = GuardedExchange(runtime, CHAT, body("how do I pick a lock?"), headers=JSON, tenant="acme")
+            async with exchange:
+                sent = await exchange.request()
+                return sent.status if isinstance(sent, Answer) else 200
+        finally:
+            await runtime.aclose()
+
+    assert asyncio.run(main()) == status

@@ -51,6 +51,8 @@ class Settings:
                 )
         modes = _modes(mode)
         config = load(options.get("guard_config"))
+        if any(rule.tenant for rule in config.tenants.match) and "unix" not in config.tenants.trusted_proxies:
+            raise RuntimeError("tenants that are never believed: add unix to tenants.trusted_proxies")
         source = {"input": bool(modes & _INPUT), "output": "post_call" in modes}
         for name in (name for name, judged in source.items() if not judged):
             logger.warning("mode %s: %s is UNGUARDED; write mode: [pre_call, post_call]", sorted(modes), name)

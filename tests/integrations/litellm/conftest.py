@@ -15,6 +15,7 @@ import pytest
 from tests.clients.environments import Missing
 from tests.integrations.litellm import stage
 from tests.support.gateway import Process, eventually
+from tests.support.otlp_collector import Collector, collector
 
 POLICIES: dict[str, Any] = {
     "annotate": {"input": {"on_harmful": "annotate"}, "output": {"on_harmful": "annotate"}},
@@ -43,6 +44,7 @@ class Stage:
     upstream: stage.Upstream
     worker: Process
     folder: Path
+    collector: Collector
 
     @contextmanager
     def without_worker(self) -> Iterator[None]:
@@ -83,7 +85,7 @@ def scene(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     config = folder / "guard.yaml"
     config.write_text(json.dumps(guard))
     worker = Process([sys.executable, str(stage.HERE / "worker.py"), "--socket", str(socket)], folder, "worker ready")
-    with stage.Upstream() as upstream:
+    with stage.Upstream() as upstream, collector() as spans:
         worker.start()
         (folder / "proxy").mkdir()
         for name in ("auth.py", "mcp_server.py"):
@@ -104,10 +106,23 @@ def scene(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
             upstream.url,
             [stage.guardrail(config, guard_unread=["aembedding"])],
             general_settings={"custom_auth": "auth.user_api_key_auth", "pass_through_endpoints": passed},
+            litellm_settings={
+                "callbacks": ["otel", "sink.instance"],
+                "cache": True,
+                "cache_params": {"type": "local", "mode": "default_off"},
+            },
             mcp_servers={"tools": {"transport": "stdio", "command": str(python), "args": ["mcp_server.py"]}},
         )
+        proxy.environment = {
+            "LITELLM_OTEL_V2": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_TRACES_EXPORTER": "otlp",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
         try:
             with proxy:
-                yield Stage(proxy, upstream, worker, folder)
+                yield Stage(proxy, upstream, worker, folder, spans)
         finally:
             worker.stop()

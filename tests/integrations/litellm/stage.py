@@ -62,33 +62,29 @@ def python() -> Path:
 
 
 class Upstream:
-    """The scripted upstream on a free port; ``bodies`` is all that reached it, by the model that was asked for."""
+    """The scripted upstream on a free port; ``bodies`` is all that reached it."""
 
     def __init__(self, answers: Mapping[str, Answer] = ANSWERS) -> None:
         self.bodies: list[dict[str, Any]] = []
-        scripted = ScriptedUpstream(answers, pace=_pace)
-
-        async def recorded(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] != "http":
-                return await scripted.app(scope, receive, send)
-            body = b""
-            more = True
-            while more:
-                message = await receive()
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-            self.bodies.append({"path": scope["path"], **_read(body)})
-            if (raw := RAW.get(str(self.bodies[-1].get("model")).partition(".")[0])) is not None:
-                return await _say(send, raw)
-            pending = [{"type": "http.request", "body": body, "more_body": False}]
-
-            async def again() -> Any:
-                return pending.pop() if pending else await receive()
-
-            await scripted.app(scope, again, send)
-
-        self._server = uvicorn.Server(uvicorn.Config(recorded, port=0, log_config=None, ws="none"))
+        self._scripted = ScriptedUpstream(answers, pace=_pace).app
+        self._server = uvicorn.Server(uvicorn.Config(self, port=0, log_config=None, ws="none", lifespan="off"))
         self._thread = threading.Thread(target=self._server.run, name="upstream", daemon=True)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        self.bodies.append({"path": scope["path"], **_read(body)})
+        if (raw := RAW.get(str(self.bodies[-1].get("model")).partition(".")[0])) is not None:
+            return await _say(send, raw)
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Any:
+            return pending.pop() if pending else await receive()
+
+        await self._scripted(scope, again, send)
 
     def __enter__(self) -> Self:
         self._thread.start()

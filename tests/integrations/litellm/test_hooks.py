@@ -133,6 +133,21 @@ def test_verdict_and_reasoning_are_in_litellms_record_and_not_in_the_answer(
         assert entries[-1]["guardrail_status"] == status
 
 
+def test_the_guards_spans_are_below_litellms(scene: Stage) -> None:
+    response = scene.proxy.post(CHAT.path, {"model": "chat/good", **CHAT.text(NICE)})
+    id = response.headers["x-guard-decision-id"]
+
+    def spans() -> list[Any]:
+        return [span for span in scene.collector.spans if id in str(span)]
+
+    ours = eventually(spans)[0]
+    above = eventually(lambda: [span for span in scene.collector.spans if span.span_id == ours.parent_span_id])
+    assert above[0].trace_id == ours.trace_id
+    assert "guard_middleware.convention" not in str(above[0])
+    entries = [s for s in scene.collector.spans if s.trace_id == ours.trace_id and "litellm.guardrail.name" in str(s)]
+    assert entries != []
+
+
 def test_the_openai_sdk_raises_its_own_error_for_a_refusal(scene: Stage) -> None:
     client = openai.OpenAI(api_key=KEY, base_url=f"{scene.proxy.url}/v1", max_retries=0)
     with client, pytest.raises(openai.BadRequestError) as caught:
