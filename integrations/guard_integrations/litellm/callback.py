@@ -26,7 +26,7 @@ from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 _NAMED = inspect.signature(lambda **arguments: None)
 #: the field without which LiteLLM was given its prompt by position
 _PROMPT = {wire.CHAT: "messages", wire.COMPLETIONS: "prompt", wire.MESSAGES: "messages", wire.RESPONSES: "input"}
-#: calls whose answers are awaited; beyond them the oldest is recorded as dropped, and its answer is not judged
+#: calls whose answers are awaited; beyond them the oldest is recorded as dropped, and its answer refused
 _OPEN = 1000
 
 
@@ -65,8 +65,10 @@ class GuardCallback(CustomLogger):  # type: ignore[misc]
         self, request_data: dict[str, Any], response: Any, call_type: Any
     ) -> Any:
         """Judges a whole answer; returns what of it is released."""
-        if (found := self._open.pop(str(request_data.get("litellm_call_id")), None)) is None:
+        if wire.by_call(call_type) is None or sdk.inside():
             return None
+        if (found := self._open.pop(str(request_data.get("litellm_call_id")), None)) is None:
+            raise sdk_errors.forgotten(str(request_data.get("model") or ""))
         call, relay = found
         try:
             whole = await self._guard.loop.acall(relay.whole(200, answer_bytes(response)))

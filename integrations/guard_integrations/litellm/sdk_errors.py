@@ -83,6 +83,11 @@ def unreadable(message: str, model: str) -> Exception:
     return GuardRefused(message, model, PROVIDER)
 
 
+def forgotten(model: str) -> Exception:
+    """For an answer whose prompt the guard does not know (any more)."""
+    return GuardUnavailable("There are too many calls under way to judge this answer.", PROVIDER, model, num_retries=0)
+
+
 def after(error: Exception, shown: str) -> Exception:
     """LiteLLM's error of a stream, from which a Router goes on elsewhere after what the caller really has."""
     if isinstance(error, MidStreamFallbackError):

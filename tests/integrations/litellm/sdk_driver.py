@@ -22,16 +22,14 @@ SYNC, ASYNC = completion, acompletion
 
 
 class Job:
-    """One call: of the model ``name`` with ``prompt``; ``options`` are passed on by every call."""
+    """One call: of the model ``name`` with ``prompt``."""
 
-    def __init__(self, url: str, name: str, prompt: str, **options: Any) -> None:
-        self.url, self.name, self.prompt, self.options = url, name, prompt, options
+    def __init__(self, url: str, name: str, prompt: str) -> None:
+        self.url, self.name, self.prompt = url, name, prompt
         self.said = [{"role": "user", "content": prompt}]
 
     def at(self, provider: str, path: str = "/v1") -> dict[str, Any]:
-        return {
-            "model": f"{provider}/{self.name}", "api_base": f"{self.url}{path}", "api_key": "k", **self.options
-        }  # fmt: skip
+        return {"model": f"{provider}/{self.name}", "api_base": f"{self.url}{path}", "api_key": "k"}
 
     def positional(self, provider: str, said: Any) -> tuple[list[Any], dict[str, Any]]:
         named = self.at(provider)
@@ -57,9 +55,8 @@ class Job:
         """For an API that LiteLLM plays on chat completions."""
         return {**self.at("hosted_vllm"), "max_tokens": 512, **more}
 
-    def of_router(self, **more: Any) -> dict[str, Any]:
-        model = {"chat": "chat", "text": "text", "claude": "claude"}[more.pop("kind", "chat")]
-        return {"model": f"{model}/{self.name}", **self.options, **more}
+    def of_router(self, kind: str = "chat", **more: Any) -> dict[str, Any]:
+        return {"model": f"{kind}/{self.name}", **more}
 
 
 def router(url: str) -> Router:
@@ -231,7 +228,7 @@ def main() -> None:
     use(given["mode"], given["config"])
     with asyncio.Runner() as runner:
         for job in given["jobs"]:
-            made = Job(given["url"], job["model"], job["prompt"], **given["options"])
+            made = Job(given["url"], job["model"], job["prompt"])
             print("result", json.dumps({**job, **runner.run(do(table[job["call"]], made))}), flush=True)
         runner.run(asyncio.sleep(0.1))  # LiteLLM's own logging tasks
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import pytest
 
-from tests.clients import environments
 from tests.integrations.litellm import stage
+from tests.integrations.litellm.sdk_stage import Application, application
 from tests.integrations.litellm.sdk_table import CALLS
-from tests.support.gateway import scripted_worker
 
+__all__ = ["application"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DOCS = stage.REPOSITORY / "docs" / "litellm-sdk.md"
 #: case -> the model that answers, and what it is asked
@@ -29,7 +28,7 @@ CASES: Mapping[str, tuple[str, str]] = {
 }
 #: how the guard gets in
 MODES = ("callbacks", "install")
-_numbers = iter(range(10**6))
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -45,65 +44,22 @@ class Saw:
         return json.dumps([self.shown, self.error])
 
 
-class Application:
-    """Runs the driver in LiteLLM's environment."""
-
-    def __init__(self, folder: Path, upstream: stage.Upstream, worker: Path) -> None:
-        self.folder, self.upstream, self.worker = folder, upstream, worker
-
-    def config(self, **sections: Any) -> str:
-        name = f"{next(_numbers)}"
-        file = self.folder / f"{name}.yaml"
-        settings = {
-            "worker": {"socket": str(self.worker), "manage": False},
-            "audit": {"path": str(self.folder / f"{name}.jsonl")},
-            **sections,
-        }
-        file.write_text(json.dumps(settings))
-        return str(file)
-
-    def run(self, script: str, given: Any) -> list[Any]:
-        """The results that a driver prints; its standard error is shown where it fails."""
-        environment = {
-            **environments.variables(),
-            "PYTHONPATH": os.pathsep.join([str(stage.REPOSITORY), str(stage.REPOSITORY / "integrations")]),
-            "OMP_NUM_THREADS": "1",
-        }
-        argv = [str(stage.python()), str(stage.HERE / script)]
-        done = subprocess.run(
-            argv, input=json.dumps(given), env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
-        lines = done.stdout.splitlines()
-        return [json.loads(line.removeprefix("result ")) for line in lines if line.startswith("result ")]
-
-    def table(self, mode: str) -> dict[tuple[str, str], Saw]:
-        """Every call in every case."""
-        jobs = [
-            {"call": call, "case": case, "model": f"{answer}.{next(_numbers)}", "prompt": prompt}
-            for call in CALLS
-            for case, (answer, prompt) in CASES.items()
-        ]
-        given = {"mode": mode, "config": self.config(), "url": self.upstream.url, "options": {}, "jobs": jobs}
-        results = self.run("sdk_driver.py", given)
-        assert len(results) == len(jobs)
-        return {(r["call"], r["case"]): Saw(r["shown"], r["error"], self.upstream.of(r["model"])) for r in results}
-
-
-@pytest.fixture(scope="session")
-def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    folder = tmp_path_factory.mktemp("litellm-sdk")
-    try:
-        stage.python()
-    except environments.Missing as missing:
-        pytest.skip(f"LiteLLM's environment: {missing}")
-    with stage.Upstream() as upstream, scripted_worker(folder / "worker.sock"):
-        yield Application(folder, upstream, folder / "worker.sock")
+def table(application: Application, mode: str) -> dict[tuple[str, str], Saw]:
+    """Every call in every case."""
+    jobs = [
+        {"call": call, "case": case, "model": f"{answer}.{next(_NUMBERS)}", "prompt": prompt}
+        for call in CALLS
+        for case, (answer, prompt) in CASES.items()
+    ]
+    given = {"mode": mode, "config": application.config(), "url": application.upstream.url, "jobs": jobs}
+    results = application.run("sdk_driver.py", given)
+    assert len(results) == len(jobs)
+    return {(r["call"], r["case"]): Saw(r["shown"], r["error"], application.upstream.of(r["model"])) for r in results}
 
 
 @pytest.fixture(scope="session")
 def played(application: Application) -> Callable[[str], dict[tuple[str, str], Saw]]:
-    return cache(application.table)
+    return cache(partial(table, application))
 
 
 @pytest.mark.parametrize("call", CALLS)
