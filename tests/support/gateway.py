@@ -371,10 +371,15 @@ class Gateway(Process):
             return answer
 
     def records(self, **facts: Any) -> list[dict[str, Any]]:
-        """The lines of the decision log that say so."""
+        """The decisions of the log that say so."""
+        lines = self.lines_of("decision")
+        return [line for line in lines if all(line[name] == value for name, value in facts.items())]
+
+    def lines_of(self, schema: str) -> list[dict[str, Any]]:
+        """The log's lines of one kind: ``decision``, ``weights`` or ``shadow``."""
         text = self.log.read_text() if self.log.exists() else ""
         lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        return [line for line in lines if all(line[name] == value for name, value in facts.items())]
+        return [line for line in lines if line["schema"].startswith(f"guard_middleware.{schema}/")]
 
     def record(self, response: httpx.Response | None = None, **facts: Any) -> dict[str, Any]:
         """The one line of a request, by its answer or by what else is known of it."""

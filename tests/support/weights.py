@@ -1,8 +1,9 @@
 """Revisions for the scripted worker, and a follower whose workers are scripted: everything else is the product's.
 
-As a command it is ``guard-gateway serve`` with such workers, which kills itself where it is told to:
+As a command it is ``guard-gateway serve`` with such workers, which kills itself where it is told to. It prints
+``worker NAME PID EVENT`` lines beside ``ready URL``.
 
-    python tests/support/weights.py --config FILE --upstream URL --port 0 [--die before-commit|after-commit]
+    python tests/support/weights.py --config FILE --upstream URL --port 0 [--die before-commit]
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from guard_middleware import config, proxy
+from guard_middleware.guard.supervisor import WorkerEvent
 from guard_middleware.runtime import Runtime
 from guard_middleware.weights import state
 from guard_middleware.weights.directory import WeightsDirectory
+from guard_middleware.weights.seats import Seat
 from guard_middleware.weights.state import State
 from guard_training.update.revision import write_sums
 
@@ -79,6 +82,14 @@ def main() -> None:
     settings = config.load(options.config).with_upstream(options.upstream)
     if options.die:
         WeightsDirectory._write = _dying(options.die, WeightsDirectory._write)  # type: ignore[method-assign]
+    told = Seat._told
+
+    def tells(seat: Seat, event: WorkerEvent) -> None:
+        if event.kind != "log":
+            print(f"worker {seat.revision.name} {event.pid} {event.kind}", flush=True)
+        told(seat, event)
+
+    Seat._told = tells  # type: ignore[method-assign]
     runtime = Runtime(settings, remote=True)
     for follower in runtime.weights.values():
         follower.command = command
