@@ -175,16 +175,20 @@ class VllmEngine:
             "disable_log_stats": True,
             "dtype": "float32" if current_platform.is_cpu() else "bfloat16",
         }
-        if self._form is not None:
-            # The processor that fills forms is written for the first model runner.
+        if self._processors():
+            # They are written for the first model runner.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-            ours["logits_processors"] = ["guard_middleware.worker.vllm_form:FormProcessor"]
+            ours["logits_processors"] = self._processors()
         try:
             return AsyncLLM.from_engine_args(
                 AsyncEngineArgs(**{**defaults, **args, **ours}), stat_loggers=[self._stat_logger]
             )
         except Exception as error:
             raise ConfigError(f"vLLM cannot start: {error}", path=str(self._weights.folder)) from error
+
+    def _processors(self) -> list[str]:
+        """vLLM's names of the logits processors that the model needs."""
+        return [] if self._form is None else ["guard_middleware.worker.vllm_form:FormProcessor"]
 
     @property
     def facts(self) -> ModelFacts:
