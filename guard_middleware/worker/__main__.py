@@ -21,7 +21,8 @@ from guard_middleware.worker.calibration import read as read_calibration
 from guard_middleware.worker.engine import BatchEngine, Engine
 from guard_middleware.worker.guards import NAMES, guard_format
 from guard_middleware.worker.metrics import Metrics
-from guard_middleware.worker.service import GuardService, Reader, ServiceLimits
+from guard_middleware.worker.reading import DrawnText, Reader
+from guard_middleware.worker.service import GuardService, ServiceLimits
 from guard_middleware.worker.weights import Weights, resolve
 
 _EPILOG = """\
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "--reader",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="read text drawn in images (default: as the model's guard.json says); needs the ocr extra",
+        help="read text drawn in images (default: as guard.json says, at an endpoint no); needs the ocr extra",
     )
     load.add_argument(
         "--calibration",
@@ -154,8 +155,6 @@ async def _remote(options: argparse.Namespace) -> Guard:
     if options.endpoint_model is None or options.guard_format is None:
         remedy = "add --endpoint-model NAME and --guard-format NAME"
         raise ConfigError("--endpoint needs to know the model and its format", remedy=remedy)
-    if options.reader:
-        raise ConfigError("an endpoint's worker does not read drawn text", remedy="leave --reader out")
     try:
         policy = None if options.policy_text is None else options.policy_text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -170,7 +169,9 @@ async def _remote(options: argparse.Namespace) -> Guard:
         concurrency=options.endpoint_concurrency,
         max_queue=options.max_queue,
     )
-    return await endpoint.load(guard_format(options.guard_format, policy), remote, policy=policy)
+    by_default = options.reader is True
+    drawn = DrawnText(await asyncio.to_thread(_reader, options.reader, by_default), by_default=by_default)
+    return await endpoint.load(guard_format(options.guard_format, policy), remote, policy=policy, drawn=drawn)
 
 
 def _max_batch(options: argparse.Namespace) -> int:
@@ -181,17 +182,23 @@ def _build(options: argparse.Namespace) -> tuple[BatchEngine | Engine, Reader | 
     weights = resolve(options.model)
     calibration = read_calibration(weights.folder, weights.facts.revision) if options.calibration else Calibration()
     read_by_default = weights.facts.reader if options.reader is None else options.reader
-    reader = None
-    if options.reader is not False:  # a policy may ask for it where it is not the default
-        from guard_middleware.guard.reader import Reader as DrawnTextReader
-
-        try:
-            reader = DrawnTextReader()
-        except ConfigError:
-            if read_by_default:
-                raise
+    reader = _reader(options.reader, read_by_default)
     build = _vllm if options.engine == "vllm" else _transformers
     return build(weights, options), reader, read_by_default, calibration
+
+
+def _reader(wanted: bool | None, by_default: bool) -> Reader | None:
+    """A policy may ask for it where it is not the default, so it is there if it can be."""
+    if wanted is False:
+        return None
+    from guard_middleware.guard.reader import Reader as DrawnTextReader
+
+    try:
+        return DrawnTextReader()
+    except ConfigError:
+        if by_default:
+            raise
+        return None
 
 
 def _transformers(weights: Weights, options: argparse.Namespace) -> BatchEngine:

@@ -9,8 +9,7 @@ What an endpoint cannot do, and an engine in this process can:
 - the prompt's length in tokens is the server's to know: content past ``max_characters`` is ``too_long`` here, a
   prompt past the model's context is ``too_long`` when the server says so. A server that cuts prompts in silence
   (Ollama past ``num_ctx``, SGLang with ``--allow-auto-truncate``) must not be used;
-- the revision names the model, the format and the policy text, not the weights: say ``revision`` when they change;
-- text drawn in images is not read.
+- the revision names the model, the format and the policy text, not the weights: say ``revision`` when they change.
 
 Bounds: ``concurrency`` calls at once, ``max_queue`` that wait (more are ``overloaded``), each within the question's
 deadline.
@@ -34,6 +33,7 @@ from guard_middleware.types import Blob, Conversation, Label, Message, Text, Usa
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker.completions import Server, score
 from guard_middleware.worker.guards.base import GuardFormat, Modality, Parsed, Question, Target
+from guard_middleware.worker.reading import DrawnText
 from guard_middleware.worker.windows import texts
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ class Judged:
 class EndpointGuard:
     """``app.Guard``. Make it with ``load``; use it from one event loop."""
 
-    def __init__(self, form: GuardFormat, options: EndpointOptions, *, policy: str | None = None) -> None:
+    def __init__(
+        self, form: GuardFormat, options: EndpointOptions, *, policy: str | None = None, drawn: DrawnText | None = None
+    ) -> None:
         unread = form.modalities & options.ignore
         if unread:
             remedy = "--ignore names what the guard does not read"
@@ -90,7 +92,7 @@ class EndpointGuard:
         self._revision = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._turns = asyncio.Semaphore(options.concurrency)
         self._asked = self._running = 0
-        self._server = Server(options.base, options.key)
+        self._server, self._drawn = Server(options.base, options.key), drawn or DrawnText()
 
     @property
     def model(self) -> str:
@@ -103,28 +105,31 @@ class EndpointGuard:
     async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
         """See ``app.Guard``."""
         loop = asyncio.get_running_loop()
-        started = loop.time()
-        if request.reader:
-            raise GuardError(GuardErrorKind.READER, "an endpoint's worker runs without a reader of drawn text")
-        self._check(request.conversation)
-        mode = request.judging.mode
-        questions = await asyncio.to_thread(self._format.prompt, request.conversation, think=mode == "reason")
-        judged, usage = await self._ask(questions, deadline)
-        if mode == "hybrid" and self._format.thinks:
-            unsure = [one for one in judged if request.judging.low <= one.score <= request.judging.high]
-            if unsure:
-                questions = await asyncio.to_thread(self._format.prompt, request.conversation, think=True)
-                judged, more = await self._ask(questions, deadline)
-                usage = _sum([usage, more])
-        return self._verdict(request, judged, usage, loop.time() - started)
+        started, conversation, mode = loop.time(), request.conversation, request.judging.mode
+        self._check(conversation)
+        drawn = await self._drawn.read(conversation.blobs(), request.reader, deadline)
+        read = loop.time()
+
+        async def ask(think: bool) -> tuple[list[Judged], Usage]:
+            questions = await asyncio.to_thread(self._format.prompt, conversation, drawn, think=think)
+            return await self._ask(questions, deadline)
+
+        judged, usage = await ask(mode == "reason")
+        unsure = any(request.judging.low <= one.score <= request.judging.high for one in judged)
+        if mode == "hybrid" and self._format.thinks and unsure:
+            judged, more = await ask(True)
+            usage = _sum([usage, more])
+        timings = (("reader", read - started), ("generate", loop.time() - read))
+        return replace(self._verdict(request, judged, usage), drawn_text=drawn, timings=timings)
 
     def gauges(self) -> Mapping[str, float]:
-        return {"queue_depth": self._asked - self._running, "running": self._running}
+        return {"queue_depth": self._asked - self._running, "running": self._running, "reading": self._drawn.reading}
 
     def stalled(self) -> float:
         return 0.0  # nothing runs here
 
     async def aclose(self) -> None:
+        self._drawn.close()
         await self._server.aclose()
 
     async def warm_up(self) -> None:
@@ -221,7 +226,7 @@ class EndpointGuard:
             )
         return judged, completion.usage
 
-    def _verdict(self, request: ModerationRequest, judged: Sequence[Judged], usage: Usage, seconds: float) -> Verdict:
+    def _verdict(self, request: ModerationRequest, judged: Sequence[Judged], usage: Usage) -> Verdict:
         harmful = [one for one in judged if one.label == "harmful"]
         reasons = [one.parsed.reasoning for one in (*reversed(harmful), *reversed(judged)) if one.parsed.reasoning]
         request_label, request_score = _merged(judged, "request") or _IGNORED
@@ -238,7 +243,6 @@ class EndpointGuard:
             model=self.model,
             revision=self.revision,
             categories=tuple(dict.fromkeys(name for one in harmful for name in one.parsed.categories)),
-            timings=(("generate", seconds),),
             judging=request.judging,
             thought=bool(reasons),
         )
@@ -257,9 +261,11 @@ def _merged(judged: Iterable[Judged], target: Target) -> tuple[Label, float] | N
     return label, max(one.score for one in found)
 
 
-async def load(form: GuardFormat, options: EndpointOptions, *, policy: str | None = None) -> EndpointGuard:
+async def load(
+    form: GuardFormat, options: EndpointOptions, *, policy: str | None = None, drawn: DrawnText | None = None
+) -> EndpointGuard:
     """A guard that has given one verdict; raises ``ConfigError`` or ``GuardError``."""
-    guard = EndpointGuard(form, options, policy=policy)
+    guard = EndpointGuard(form, options, policy=policy, drawn=drawn)
     try:
         await guard.warm_up()
     except BaseException:

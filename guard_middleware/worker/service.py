@@ -1,7 +1,7 @@
 """From a question to a verdict: read drawn text, plan the prompts, have them run and read (``cascade``), merge them.
 
-What blocks runs on threads: reading on two of its own (the reader takes one image at a time, and a cached image need
-not wait for it), planning (tokenising, image headers) on a small pool, the engine on the runner's.
+What blocks runs on threads: reading on two of its own (``reading``), planning (tokenising, image headers) on a small
+pool, the engine on the runner's.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import logging
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.prompt import render
-from guard_middleware.types import Blob, Conversation, Message, Source, Text, Verdict
+from guard_middleware.types import Conversation, Message, Source, Text, Verdict
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker.batching import BatchLimits, Ran
 from guard_middleware.worker.calibration import Calibration
@@ -23,6 +22,7 @@ from guard_middleware.worker.cascade import Planned, cascade
 from guard_middleware.worker.continuous import runner
 from guard_middleware.worker.engine import BatchEngine, Engine, Generation
 from guard_middleware.worker.metrics import Metrics
+from guard_middleware.worker.reading import DrawnText, Reader
 from guard_middleware.worker.windows import check_characters, merge, plan
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,9 @@ _WARM_UP_SECONDS = 300.0
 _PRIORITY: Mapping[Source, int] = {"input": 0, "output": 1}
 
 
-class Reader(Protocol):
-    """``guard.reader.Reader``, or a test's."""
-
-    def read(self, image: bytes, timeout: float | None = None) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """``reader_seconds`` bounds one image, its wait for a turn included; ``reads`` is how many may wait."""
+    """``reader_seconds`` bounds the reading of one image, ``reads`` how many may wait (``reading.DrawnText``)."""
 
     batching: BatchLimits = field(default_factory=BatchLimits)
     reader_seconds: float = 5.0
@@ -50,8 +44,7 @@ class ServiceLimits:
 class GuardService:
     """``app.Guard`` on an engine of either kind; make it on the loop that uses it.
 
-    ``read_by_default`` holds for questions that do not say; with no ``reader`` it must be false, and a question that
-    asks for reading is ``GuardError(reader)``.
+    ``reader`` and ``read_by_default`` are ``reading.DrawnText``'s.
     """
 
     def __init__(
@@ -64,14 +57,11 @@ class GuardService:
         calibration: Calibration | None = None,
         limits: ServiceLimits | None = None,
     ) -> None:
-        if read_by_default and reader is None:
-            raise ValueError("reading by default needs a reader")
-        self._engine, self._reader, self._read_by_default = engine, reader, read_by_default
-        self._calibration = calibration or Calibration()
         self._limits = limits or ServiceLimits()
+        seconds, reads = self._limits.reader_seconds, self._limits.reads
+        self._drawn = DrawnText(reader, by_default=read_by_default, seconds=seconds, most=reads)
+        self._engine, self._calibration = engine, calibration or Calibration()
         self._runner = runner(engine, self._limits.batching, metrics)
-        self._reading = 0
-        self._read_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-reader")
         self._plan_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-plan")
 
     @property
@@ -87,11 +77,7 @@ class GuardService:
         loop = asyncio.get_running_loop()
         started = loop.time()
         conversation = request.conversation
-        blobs = conversation.blobs()
-        drawn: tuple[str, ...] = ()
-        wanted = self._read_by_default if request.reader is None else request.reader
-        if blobs and wanted:
-            drawn = await self._read(blobs, deadline)
+        drawn = await self._drawn.read(conversation.blobs(), request.reader, deadline)
         read = loop.time()
         prompts = await loop.run_in_executor(self._plan_pool, self._plan, conversation, drawn)
         planned = loop.time()
@@ -137,7 +123,7 @@ class GuardService:
             "queue_depth": self._runner.queued,
             "queue_tokens": self._runner.queued_tokens,
             "running": self._runner.running,
-            "reading": self._reading,
+            "reading": self._drawn.reading,
             **({} if isinstance(self._engine, BatchEngine) else self._engine.gauges()),
         }
 
@@ -148,34 +134,8 @@ class GuardService:
         await self._runner.aclose()
         if not isinstance(self._engine, BatchEngine):
             await self._engine.close()
-        for pool in (self._read_pool, self._plan_pool):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    async def _read(self, blobs: Sequence[Blob], deadline: float) -> tuple[str, ...]:
-        """One text per image, in order; the same image is read once."""
-        if self._reader is None:
-            raise GuardError(GuardErrorKind.READER, "this worker runs without a reader of drawn text")
-        images = {blob.digest: blob.data for blob in blobs}
-        if self._reading and self._reading + len(images) > self._limits.reads:
-            raise GuardError(
-                GuardErrorKind.OVERLOADED, "too many images wait to be read", retry_after=0.5 * self._reading
-            )
-        loop = asyncio.get_running_loop()
-        reader, bound = self._reader, self._limits.reader_seconds
-
-        def read(image: bytes) -> str:
-            return reader.read(image, min(bound, max(0.0, deadline - loop.time())))
-
-        self._reading += len(images)
-        futures = [loop.run_in_executor(self._read_pool, read, image) for image in images.values()]
-        try:
-            texts = await asyncio.gather(*futures)
-        finally:
-            self._reading -= len(images)
-            for future in futures:
-                future.cancel()
-        found = dict(zip(images, texts, strict=True))
-        return tuple(found[blob.digest] for blob in blobs)
+        self._drawn.close()
+        self._plan_pool.shutdown(wait=False, cancel_futures=True)
 
     def _plan(self, conversation: Conversation, drawn: tuple[str, ...]) -> list[Planned]:
         check_characters(conversation, self._engine)

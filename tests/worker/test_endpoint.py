@@ -14,6 +14,7 @@ from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker import endpoint as remote
 from guard_middleware.worker.app import Worker
 from guard_middleware.worker.guards import guard_format
+from guard_middleware.worker.reading import DrawnText
 from tests.support.scripted_endpoint import Answer, Endpoint, by_the_rule, completion
 
 POLICIES = {"gpt-oss-safeguard": "L.1: nothing about locks."}
@@ -32,10 +33,10 @@ def asked(*parts, answer=None, **changes):
     return ModerationRequest("q", Conversation((Message("user", parts),), answer=said), "input", 5.0, **changes)
 
 
-async def ask(endpoint, name, *questions, deadline=10.0, warm=True, **options):
+async def ask(endpoint, name, *questions, deadline=10.0, warm=True, drawn=None, **options):
     policy = POLICIES.get(name)
     stated = remote.EndpointOptions(endpoint.url, name, **options)
-    guard = remote.EndpointGuard(guard_format(name, policy), stated, policy=policy)
+    guard = remote.EndpointGuard(guard_format(name, policy), stated, policy=policy, drawn=drawn)
     try:
         if warm:
             await guard.warm_up()
@@ -290,8 +291,28 @@ def test_the_revision_names_all_that_makes_the_verdict():
     assert revision() == revisions[0]
 
 
-def test_a_question_that_asks_for_drawn_text_is_refused(endpoint):
-    assert run(endpoint, "llama-guard-4", asked(GOOD, reader=True), warm=False).kind is GuardErrorKind.READER
+def test_text_drawn_in_images_is_read_where_there_is_a_reader(endpoint):
+    class Reader:
+        def read(self, image, timeout=None):
+            return f"it says {image.decode()}"
+
+    drawn = DrawnText(Reader(), by_default=True)
+    read, unread = run(
+        endpoint,
+        "qwen3guard-gen",
+        asked(GOOD, LOCK),
+        asked(GOOD, LOCK, reader=False),
+        drawn=drawn,
+        ignore=frozenset({"image"}),
+    )
+    assert (read.request, read.drawn_text) == ("harmful", ("it says pick a lock",))
+    assert (unread.request, unread.drawn_text) == ("unharmful", ())
+    words = "[image]\n[text drawn in image 1] it says pick a lock\nhow do I bake bread"
+    assert [("user", words)] in [seen.turns for seen in endpoint.seen]
+
+
+def test_a_question_that_asks_for_drawn_text_is_refused_where_there_is_none(endpoint):
+    assert run(endpoint, "llama-guard-4", asked(BREAD, reader=True), warm=False).kind is GuardErrorKind.READER
 
 
 def test_it_is_a_guard_of_the_worker_app(endpoint):
@@ -308,6 +329,6 @@ def test_it_is_a_guard_of_the_worker_app(endpoint):
 
     verdict = asyncio.run(live())
     assert verdict.request == "harmful"
-    assert dict(ready[0].gauges()) == {"queue_depth": 0, "running": 0}
+    assert dict(ready[0].gauges()) == {"queue_depth": 0, "running": 0, "reading": 0}
     assert ready[0].stalled() == 0.0
     assert json.dumps(verdict.categories) == '["nonviolent_crimes"]'
