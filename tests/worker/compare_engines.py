@@ -2,8 +2,8 @@
 
     python tests/worker/compare_engines.py --data dev.jsonl.gz [--rows 500] [--seed 7] [--json FILE]
 
-Rows are drawn by the seed from a JSONL file as ``guard-gateway check`` reads it (gzipped or not). Prints counts, and the
-ids of rows whose labels differ; never a row.
+Rows are drawn by the seed from a JSONL file as ``guard-gateway check`` reads it (gzipped or not). Prints counts, and
+the ids of rows whose labels differ; never a row.
 """
 
 from __future__ import annotations
