@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 #: The sub-commands, in the order of the work: a module of ``guard_training.commands`` each.
 COMMANDS = (
     "corpus", "synthesize", "sft", "reject", "augment", "grpo", "sweep", "evaluate", "baseline", "robustness", "audit",
-    "bias", "generalise", "update", "publish", "nano", "tower", "card",
+    "bias", "generalise", "calibrate", "update", "publish", "nano", "tower", "card",
 )  # fmt: skip
 
 

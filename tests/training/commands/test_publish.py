@@ -75,8 +75,8 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
     assert "| made | MIT | 6 | 3 |" in text
     calibration = json.loads((tmp_path / "revision" / "calibration.json").read_text())
     # the six rows of --data are not calibrated on
-    assert calibration["request"]["rows"] == 54
-    assert calibration["request"]["temperature"] > 1
+    assert calibration["reason"]["request"]["rows"] == 54
+    assert calibration["reason"]["request"]["temperature"] > 1
     pushed: list[Any] = []
     monkeypatch.setattr(hub, "push", lambda *given, **more: pushed.append((given, more)) or "https://hub/a/b")
     call(tmp_path / "revision", "--output", tmp_path / "copy", "--to-hub", "a/b", "--private")

@@ -48,7 +48,7 @@ def test_a_limit_holds_for_every_source_and_draws_the_same_rows() -> None:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real worker app and its socket, with a rule in the guard's place."""
-    monkeypatch.setattr(measure, "_command", lambda _, socket: [*RUN, socket])
+    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: [*RUN, socket])
     monkeypatch.setattr(measure, "identity", lambda model: ("scripted", "0"))
 
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from guard_middleware.worker.calibration import FILE, read
 from guard_training.evaluation.outcomes import Outcome
-from guard_training.update.calibration import LEAST, calibrate, scaled, temperature
+from guard_training.update.calibration import LEAST, calibrated, calibration, scaled, temperature
 
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
@@ -35,20 +39,31 @@ def _outcomes(count: int, scores: list[float]) -> list[Outcome]:
 def test_overconfident_scores_come_out_better_calibrated() -> None:
     # right in 3 of 4 cases, and sure of itself in all
     scores = [0.01, 0.99, 0.01, 0.99, 0.99, 0.01, 0.01, 0.99]
-    found = calibrate(_outcomes(400, scores))
-    assert found["method"] == "temperature"
-    assert found["response"] is None
-    request = found["request"]
+    outcomes = _outcomes(400, scores)
+    found = calibration("r1", reason=outcomes, label=[])
+    assert (found["method"], found["revision"]) == ("temperature", "r1")
+    assert found["label"] == {"request": None, "response": None}
+    assert found["reason"]["response"] is None
+    request = found["reason"]["request"]
     assert request["temperature"] > 2
     assert request["rows"] == 400
     assert request["harmful"] == 200
     before, after = request["calibration_error"]
     assert after < before - 0.1
     assert request["brier"][1] < request["brier"][0]
+    after_it = [one.request_score for one in calibrated(outcomes, found["reason"])]
+    assert after_it == pytest.approx(scaled(np.array([one.request_score for one in outcomes]), request["temperature"]))
+    assert calibrated(outcomes, found["label"]) == outcomes
+
+
+def test_what_is_written_is_what_the_worker_reads(tmp_path: Path) -> None:
+    found = calibration("r1", label=_outcomes(400, [0.01, 0.99, 0.99, 0.99]))
+    (tmp_path / FILE).write_text(json.dumps(found))
+    assert read(tmp_path, "r1").temperatures == {("label", "request"): found["label"]["request"]["temperature"]}
 
 
 @pytest.mark.parametrize(
     ("count", "scores"), [(2 * LEAST - 2, [0.1, 0.9]), (100, [0.5]), (0, [0.5])], ids=["few", "equal", "none"]
 )
 def test_without_rows_or_spread_nothing_is_claimed(count: int, scores: list[float]) -> None:
-    assert calibrate(_outcomes(count, scores))["request"] is None
+    assert calibration("r1", reason=_outcomes(count, scores))["reason"]["request"] is None

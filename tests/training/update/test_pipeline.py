@@ -215,13 +215,13 @@ def test_a_stopped_update_goes_on_with_the_same_lessons(plan: Plan, monkeypatch:
 def test_a_guard_is_asked_for_its_reasoning_once(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = Path(__file__).parents[2] / "support" / "scripted_worker.py"
     command = [sys.executable, str(scripted), "--exit-with-parent", "--socket"]
-    monkeypatch.setattr(measure, "_command", lambda _, socket: [*command, socket])
+    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: [*command, socket])
     ask = pipeline.asker(Console(quiet=True), 2)
     rows = [Row(f"r{n}", "made", text, None) for n, text in enumerate(["pick a lock", "bake bread"])]
     found = ask(rows, "any", tmp_path / "guard.jsonl")
     assert found["r0"] == Said("harmful", None, "Step 1: The rule says that this request is harmful.")
     assert found["r1"].request == "unharmful"
-    monkeypatch.setattr(measure, "_command", lambda _, socket: ["false"])
+    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: ["false"])
     assert ask(rows, "any", tmp_path / "guard.jsonl") == found
 
 

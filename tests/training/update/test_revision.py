@@ -13,6 +13,7 @@ from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.update import revision
+from guard_training.update.calibration import calibration
 from guard_training.update.card import (
     CardError,
     Recipe,
@@ -48,8 +49,10 @@ def card(guard: Path, **more: Any) -> str:
         recipe=Recipe("SFT.", {"epochs": 3}),
         summaries=[summary(guard)],
         calibration={
-            "request": {"temperature": 2.0, "rows": 40, "harmful": 20, "calibration_error": [0.2, 0.1]},
-            "response": None,
+            "reason": {
+                "request": {"temperature": 2.0, "rows": 40, "harmful": 20, "calibration_error": [0.2, 0.1]},
+                "response": None,
+            },
         },
     )
     return write_card(guard, **(fields | more))  # type: ignore[arg-type]
@@ -64,7 +67,7 @@ def made(guard: Path, tmp_path: Path) -> Path:
         tmp_path / "revision",
         card=card(guard),
         lineage=lineage,
-        calibration={"method": "temperature"},
+        calibration=calibration(facts.revision, reason=[]),
         results={"dev": summary(guard)},
     )
 
@@ -187,7 +190,7 @@ def test_the_card_says_what_is_known_and_measured(guard: Path) -> None:
     assert "| `epochs` | `3` |" in text
     assert "<!-- results:begin -->" in text
     assert "| locks | request | 12 | 6 |" in text
-    assert "temperature 2.00 on 40 held-back rows" in text
+    assert "request, mode reason: temperature 2.00 on 40 held-back rows" in text
     assert "response: too few held-back rows" in text
     assert text.rstrip().endswith("- Only locks.")
     assert "adversary" in card(guard)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from guard_middleware.errors import ConfigError, GuardError
-from guard_middleware.types import Verdict
+from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
 from guard_middleware.worker.weights import resolve
 from guard_training.corpus.conversation import conversation
@@ -55,14 +55,17 @@ class Asked:
 
 
 @contextlib.contextmanager
-def worker(model: str) -> Iterator[str]:
-    """A worker process that serves ``model``; gives the path of its socket once it is ready."""
+def worker(model: str, *, calibrated: bool = True) -> Iterator[str]:
+    """A worker process that serves ``model``; gives the path of its socket once it is ready.
+
+    ``calibrated`` false: with the guard's own scores.
+    """
     with tempfile.TemporaryDirectory(prefix="guard-evaluate-") as folder:
         socket, log = f"{folder}/worker.sock", Path(folder) / "log"
         with log.open("wb") as out:
             # stdin is a pipe that closes when this process dies, however it does: no worker is left behind
             process = subprocess.Popen(  # noqa: S603
-                _command(model, socket), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+                _command(model, socket, calibrated), stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
             )
         try:
             _wait(process, socket, log)
@@ -79,9 +82,9 @@ def worker(model: str) -> Iterator[str]:
                     process.stdin.close()
 
 
-def _command(model: str, socket: str) -> list[str]:
+def _command(model: str, socket: str, calibrated: bool) -> list[str]:
     command = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", socket]
-    return [*command, "--exit-with-parent"]
+    return [*command, "--exit-with-parent", "--calibration" if calibrated else "--no-calibration"]
 
 
 def _wait(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
@@ -106,6 +109,7 @@ async def ask_all(
     concurrency: int,
     progress: Progress,
     done: Callable[[Asked], None] = lambda one: None,
+    judging: Judging = REASON,
 ) -> list[Asked]:
     """Every row's outcome, in order; ``done`` is told each as it comes. At most ``concurrency`` questions under way.
 
@@ -117,7 +121,7 @@ async def ask_all(
 
         async def one(number: int, row: Row) -> Asked:
             async with slots:
-                frame = _frame(number, row)
+                frame = _frame(number, row, judging)
                 while True:
                     start = time.perf_counter()
                     answer = await client.post("/v1/moderate", content=frame, headers={"content-type": CONTENT_TYPE})
@@ -134,7 +138,7 @@ async def ask_all(
         return [task.result() for task in tasks]
 
 
-def _frame(number: int, row: Row) -> bytes:
+def _frame(number: int, row: Row, judging: Judging) -> bytes:
     """Made when its turn comes: the frames of all rows at once would hold every image in memory."""
     answered = bool(row.response and row.response_label)
     return encode_request(
@@ -143,6 +147,7 @@ def _frame(number: int, row: Row) -> bytes:
             conversation=conversation(row),
             source="output" if answered else "input",
             deadline=DEADLINE_SECONDS,
+            judging=judging,
         )
     )
 
@@ -168,42 +173,53 @@ def identity(model: str) -> tuple[str, str]:
 
 
 def measure(
-    rows: Sequence[Row], model: str, *, concurrency: int, console: Console, journal: Path | None = None
+    rows: Sequence[Row],
+    model: str,
+    *,
+    concurrency: int,
+    console: Console,
+    journal: Path | None = None,
+    judging: Judging = REASON,
+    calibrated: bool = True,
 ) -> list[Outcome]:
-    """What ``model`` says about every row, in order.
+    """What ``model`` says about every row, in order, by ``judging``; ``calibrated`` false: with its own scores.
 
     With ``journal`` each answer is written down at once, and one that is there, for the same row and revision, is not
     asked for again: a killed run goes on. Raises ``WorkerFailed`` where the worker does not start or goes away.
     """
     name, revision = identity(model)
+    asked = revision if judging == REASON and calibrated else f"{revision}/{judging}/{calibrated}"
     with contextlib.ExitStack() as stack:
         book = stack.enter_context(Journal(journal)) if journal else None
         known = {line["id"]: from_json(line["outcome"]) for line in book} if book else {}
-        due = [row for row in rows if _key(row, revision) not in known]
+        due = [row for row in rows if _key(row, asked) not in known]
         if len(due) < len(rows):
             console.print(f"{len(rows) - len(due)} of {len(rows)} rows are in {journal}; {len(due)} are left to ask")
 
         def done(one: Asked) -> None:
             said = outcome(one.row, one.outcome, seconds=one.seconds, model=name, revision=revision)
-            known[_key(one.row, revision)] = said
+            known[_key(one.row, asked)] = said
             if book:
-                book.append({"id": _key(one.row, revision), "outcome": to_json(said)})
+                book.append({"id": _key(one.row, asked), "outcome": to_json(said)})
 
         if due:
-            progress, socket = stack.enter_context(Progress(console=console)), stack.enter_context(worker(model))
+            progress = stack.enter_context(Progress(console=console))
+            socket = stack.enter_context(worker(model, calibrated=calibrated))
             try:
-                asyncio.run(ask_all(due, socket, concurrency=concurrency, progress=progress, done=done))
+                asyncio.run(
+                    ask_all(due, socket, concurrency=concurrency, progress=progress, done=done, judging=judging)
+                )
             except ExceptionGroup as group:
                 error = group.exceptions[0]
                 if not isinstance(error, httpx.TransportError | WireError):
                     raise
-                answered = sum(_key(row, revision) in known for row in rows)
+                answered = sum(_key(row, asked) in known for row in rows)
                 raise WorkerFailed(_gone(answered, len(rows), error, journal)) from None
-    return [known[_key(row, revision)] for row in rows]
+    return [known[_key(row, asked)] for row in rows]
 
 
 def _key(row: Row, revision: str) -> str:
-    """Row id, what the guard is shown of the row, and the revision."""
+    """Row id, what the guard is shown of the row, and the revision (and how it was asked, where not as usual)."""
     image = _digest(row.image) if row.image else None
     shown = json.dumps([row.source, row.prompt, row.request, row.response, row.response_label, image])
     return f"{row.id}@{revision}#{hashlib.sha256(shown.encode()).hexdigest()[:16]}"

@@ -53,6 +53,28 @@ def render(
 ) -> str:
     """The page; models in the order in which they stand, the first is what the page is about."""
     first = next(iter(summaries))
+    return page(
+        f"Evaluation of {first}",
+        first,
+        _sections(summaries, outcomes, compared),
+        facts=facts,
+        about=_ABOUT[mode],
+        mistakes=mistakes(outcomes[first], mode),
+        skipped=skipped,
+    )
+
+
+def page(
+    title: str,
+    model: str,
+    sections: Sequence[Section],
+    *,
+    facts: Sequence[tuple[str, str]],
+    about: str = "",
+    mistakes: Sequence[Mistakes] = (),
+    skipped: str = "",
+) -> str:
+    """A page of sections; those that hold nothing are left out."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -60,12 +82,12 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("report.html").render(
-        title=f"Evaluation of {first}",
-        model=first,
+        title=title,
+        model=model,
         facts=facts,
-        about=_ABOUT[mode],
-        sections=[one for one in _sections(summaries, outcomes, compared) if one.sheets or one.plots],
-        mistakes=mistakes(outcomes[first], mode),
+        about=about,
+        sections=[one for one in sections if one.sheets or one.plots],
+        mistakes=mistakes,
         skipped=skipped,
     )
 

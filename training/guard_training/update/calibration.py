@@ -1,18 +1,22 @@
 """Temperature scaling of a guard's scores (Guo et al. 2017, section 4.2), on rows it was not trained on.
 
 A calibrated score is sigmoid(logit(score) / temperature): the order of scores, and so every curve, stays as it is.
+``calibration`` makes what ``guard_middleware.worker.calibration`` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from guard_middleware.worker import calibration as serve
+from guard_middleware.worker.calibration import METHOD
 from guard_training.evaluation import curves
 from guard_training.evaluation.metrics import scored
-from guard_training.evaluation.outcomes import SIDES, Outcome
+from guard_training.evaluation.outcomes import SIDES, Outcome, Side
 from guard_training.evaluation.stats import Array
 
 #: Rows of each class that a temperature needs.
@@ -42,10 +46,28 @@ def temperature(harmful: Sequence[bool], scores: Sequence[float]) -> float:
     return float(min(_TEMPERATURES, key=loss))
 
 
-def calibrate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after; None
-    where there are too few rows of a class, or all scores are equal."""
-    return {"method": "temperature", **{side: _side(*scored(outcomes, side)[:2]) for side in SIDES}}
+def calibration(revision: str, **kinds: Sequence[Outcome]) -> dict[str, Any]:
+    """The content of ``calibration.json`` for the weights ``revision``, from outcomes with the guard's own scores, by
+    kind (``reason``, ``label``).
+
+    For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after; None
+    where there are too few rows of a class, or all scores are equal.
+    """
+    found = {kind: {side: _side(*scored(outcomes, side)[:2]) for side in SIDES} for kind, outcomes in kinds.items()}
+    return {"method": METHOD, "revision": revision, **found}
+
+
+def calibrated(outcomes: Sequence[Outcome], sides: Mapping[str, Any]) -> list[Outcome]:
+    """Outcomes with the scores that the worker gives once it reads ``sides`` of their kind."""
+
+    def score(one: Outcome, side: Side) -> float | None:
+        given, fitted = one.score(side), sides[side]
+        return given if given is None or fitted is None else serve.scaled(given, fitted["temperature"])
+
+    return [
+        dataclasses.replace(one, request_score=score(one, "request"), response_score=score(one, "response"))
+        for one in outcomes
+    ]
 
 
 def _side(harmful: Sequence[bool], scores: Sequence[float]) -> dict[str, Any] | None:

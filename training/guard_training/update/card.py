@@ -15,9 +15,11 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from guard_middleware.worker.calibration import KINDS
 from guard_middleware.worker.weights import ModelFacts, load
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.card import BEGIN, END, results
+from guard_training.evaluation.outcomes import SIDES
 from guard_training.evaluation.tables import Sheet
 
 LIMITS = """\
@@ -187,14 +189,14 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     lines = []
-    for side in ("request", "response"):
-        one = found.get(side)
+    for kind, side in ((kind, side) for kind in KINDS if kind in found for side in SIDES):
+        one = found[kind].get(side)
         if one is None:
-            lines.append(f"- {side}: too few held-back rows, so its scores are not calibrated.")
+            lines.append(f"- {side}, mode {kind}: too few held-back rows, so its scores are not calibrated.")
         else:
             before, after = one["calibration_error"]
             lines.append(
-                f"- {side}: temperature {one['temperature']:.2f} on {one['rows']} held-back rows ({one['harmful']} "
-                f"harmful); expected calibration error {before:.3f} before, {after:.3f} after."
+                f"- {side}, mode {kind}: temperature {one['temperature']:.2f} on {one['rows']} held-back rows "
+                f"({one['harmful']} harmful); expected calibration error {before:.3f} before, {after:.3f} after."
             )
     return "\n".join(["## Calibration", "", "`calibration.json`; a score is sigmoid(logit / temperature).", "", *lines])

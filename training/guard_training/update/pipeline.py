@@ -37,7 +37,7 @@ from guard_training.rowfile import begin, bring_image, digest, write_whole
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import SftSettings
 from guard_training.update import gate, revision
-from guard_training.update.calibration import calibrate
+from guard_training.update.calibration import calibration
 from guard_training.update.card import Recipe, SourceFacts, count_sources, licence_of, write_card
 from guard_training.update.corrections import SOURCE, agreed, read_corrections, read_log
 from guard_training.update.lessons import (
@@ -282,13 +282,13 @@ def conclude(
         highlight=False,
     )
     verdict.raise_if_refused()
-    calibration = calibrate([after[row.id] for row in prepared.calibration])
+    fitted = calibration(facts.revision, reason=[after[row.id] for row in prepared.calibration])
     return revision.write_revision(
         new,
         plan.output / "revision",
-        card=_card(plan, prepared, new, list(summaries.values()), verdict, calibration, learnt),
+        card=_card(plan, prepared, new, list(summaries.values()), verdict, fitted, learnt),
         lineage=_lineage(plan, prepared, facts, verdict, learnt),
-        calibration={**calibration, "revision": facts.revision},
+        calibration=fitted,
         results={_stem(path): summary for path, summary in summaries.items()},
     )
 
@@ -424,7 +424,7 @@ def write_rl_rows(folder: Path) -> None:
 
 def measurer(console: Console, concurrency: int) -> Measure:
     def ask(rows: Sequence[Row], model: str, journal: Path) -> list[Outcome]:
-        return measure(rows, model, concurrency=concurrency, console=console, journal=journal)
+        return measure(rows, model, concurrency=concurrency, console=console, journal=journal, calibrated=False)
 
     return ask
 

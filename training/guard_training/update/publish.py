@@ -11,12 +11,13 @@ from typing import Any
 
 import yaml
 
+from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import ModelFacts
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation.measure import sample, usable
 from guard_training.nano.bank import default_bank, read_bank
 from guard_training.update import revision
-from guard_training.update.calibration import calibrate
+from guard_training.update.calibration import calibration
 from guard_training.update.card import Recipe, count_sources, licence_of, write_card
 from guard_training.update.pipeline import Measure
 
@@ -50,14 +51,14 @@ def make(making: Making, target: Path, skipped: Skipped, measure: Measure) -> Mo
     rows = [row for path in making.data for row in read_good_rows(path, skipped)]
     rows += read_bank(default_bank()) if making.bank else []
     constants = _constants(making.recipe)
-    calibration = _calibration(making, facts, rows, skipped, measure) if making.calibration else None
+    fitted = _calibration(making, facts, rows, skipped, measure) if making.calibration else _kept(making.guard, facts)
     card = write_card(
         making.guard,
         licence=making.licence or licence_of(making.guard) or "other",
         sources=count_sources(rows),
         recipe=Recipe(_recipe_text(making.recipe), constants),
         summaries=list(summaries.values()),
-        calibration=calibration,
+        calibration=fitted,
         limits=making.limits,
     )
     files = [revision.data_file("training", path) for path in making.data]
@@ -68,7 +69,7 @@ def make(making: Making, target: Path, skipped: Skipped, measure: Measure) -> Mo
         target,
         card=card,
         lineage=revision.lineage(facts=facts, base=None, data=files, recipe=constants or None, made=making.made),
-        calibration=calibration,
+        calibration=fitted,
         results=summaries,
     )
     return facts
@@ -108,7 +109,17 @@ def _calibration(
     journal = making.calibration.with_name(f"{making.calibration.name}.{facts.revision}.journal")
     outcomes = measure(kept, str(making.guard), journal)
     journal.unlink(missing_ok=True)
-    return {**calibrate(outcomes), "revision": facts.revision}
+    return calibration(facts.revision, reason=outcomes)
+
+
+def _kept(guard: Path, facts: ModelFacts) -> Mapping[str, Any] | None:
+    """The calibration that the guard's folder has already, of these weights."""
+    path = guard / revision.CALIBRATION
+    if not path.is_file():
+        return None
+    read(guard, facts.revision)
+    kept: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+    return kept
 
 
 def copy(folder: Path, target: Path) -> None:

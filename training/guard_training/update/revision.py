@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from guard_middleware.errors import ConfigError
+from guard_middleware.worker.calibration import read as read_calibration
 from guard_middleware.worker.weights import ModelFacts, load
 from guard_training.evaluation.card import BEGIN, END
 from guard_training.rowfile import digest
@@ -123,6 +124,10 @@ def check_loads(folder: Path) -> ModelFacts:
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
     if wrong:
         raise RevisionError(f"{folder}: its weights are not those of its config ({len(wrong)} names, {wrong[0]})")
+    try:
+        read_calibration(folder, facts.revision)
+    except ConfigError as error:
+        raise RevisionError(str(error)) from None
     return facts
 
 
