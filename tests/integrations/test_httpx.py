@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from guard_middleware.errors import ConfigError
 from guard_middleware.guard.supervisor import WorkerProcess
 from guard_middleware.runtime import Runtime
 from guard_middleware.telemetry import Telemetry
+from tests.clients import environments
 from tests.support.gateway import Seen, Upstream, chunk, completion, eventually, scripted_worker
 from tests.support.guards import RuleGuard
 
@@ -581,3 +582,53 @@ def test_annotations_come_with_the_answer(wired: Callable[..., Wired]) -> None:
         response = client.post(CHAT, json=ask())
     assert response.headers["x-guard-action"] == "annotate"
     assert response.json()["moderation"]["output"]["results"][0]["flagged"] is True
+
+
+# -- the example --
+
+EXAMPLE = Path(__file__).parents[2] / "integrations" / "examples" / "httpx_openai"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], tuple[int, str]]]:
+    """Runs ``python ask.py PROMPT`` beside a guard that a test chose, against the scripted provider's model."""
+    folder = tmp_path_factory.mktemp("example")
+    settings = {
+        "worker": {"socket": str(folder / "w.sock"), "manage": False},
+        "policies": {"default": {"output": {"stream": {"mode": "window", "first_window": 80, "overlap": 40}}}},
+    }
+    (folder / "guard.yaml").write_text(json.dumps(settings))
+    root = Path(__file__).parents[2]
+    with scripted_worker(folder / "w.sock"), Upstream() as upstream:
+
+        def run(prompt: str, model: str) -> tuple[int, str]:
+            environment = {
+                **environments.variables(),
+                "PYTHONPATH": f"{root}:{root / 'integrations'}",
+                "OPENAI_API_KEY": "k",
+                "OPENAI_BASE_URL": f"{upstream.url}/v1",
+                "MODEL": model,
+            }
+            done = subprocess.run(
+                [sys.executable, str(EXAMPLE / "ask.py"), prompt],
+                cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert done.stderr == ""
+            return done.returncode, done.stdout
+
+        yield run
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "code", "words"),
+    [(BREAD, "good", 0, "Bread needs an hour."), (LOCK, "good", 1, "refused:"), (BREAD, "bad", 1, "withheld:")],
+)
+def test_the_example_answers_refuses_and_withholds(
+    example: Callable[[str, str], tuple[int, str]], prompt: str, model: str, code: int, words: str
+) -> None:
+    status, said = example(prompt, model)
+    assert (status, words in said, "wire" in said) == (code, True, False), said
+
+
+def test_the_examples_own_configuration_is_valid() -> None:
+    assert config.load(str(EXAMPLE / "guard.yaml")).worker.managed
