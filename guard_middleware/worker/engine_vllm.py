@@ -84,6 +84,7 @@ _OWNED = {
     "scheduling_policy": "nothing: it is by priority",
     "logits_processors": "form in guard.json",
     "logprobs_mode": "nothing",
+    "worker_extension_cls": "nothing",
     "limit_mm_per_prompt": "nothing",
     "mm_processor_kwargs": "min_pixels and max_pixels in guard.json",
     "reasoning_parser": "nothing",
@@ -166,6 +167,7 @@ class VllmEngine:
             "max_num_seqs": self.max_batch,
             "max_model_len": self._limit,
             "scheduling_policy": "priority",
+            "worker_extension_cls": "guard_middleware.worker.vllm_end.Extension",
             "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
             "mm_processor_kwargs": {"size": {"shortest_edge": facts.min_pixels, "longest_edge": facts.max_pixels}},
         }
@@ -175,6 +177,7 @@ class VllmEngine:
             "disable_log_stats": True,
             "dtype": "float32" if current_platform.is_cpu() else "bfloat16",
         }
+        os.environ["GUARD_MIDDLEWARE_WORKER_PID"] = str(os.getpid())
         if self._processors():
             # They are written for the first model runner.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
