@@ -219,6 +219,14 @@ tenants: {header: x-tenant, match: [{tenant: research, policy: watch}]}
         assert client.post(CHAT, json=ask(LOCK), headers={"x-tenant": "research"}).status_code == 400
 
 
+def test_a_proxy_of_the_client_goes_past_its_transport_as_the_documentation_says(wired: Callable[..., Wired]) -> None:
+    w = wired()
+    transport = w.transport()
+    with w.http.Client(transport=transport, proxy="http://127.0.0.1:9") as client, pytest.raises(w.http.ConnectError):
+        client.post(f"http://provider{CHAT}", json=ask())
+    assert not w.log.exists() or not w.records()
+
+
 # -- what breaks --
 
 BREAKS = ["ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "PoolTimeout"]
