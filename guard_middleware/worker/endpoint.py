@@ -147,6 +147,12 @@ class EndpointGuard:
                 if error.kind in (GuardErrorKind.INTERNAL, GuardErrorKind.MEDIA):
                     refused = error
                     continue
+                if error.kind is GuardErrorKind.TOO_LONG:
+                    tokens = max(question.max_tokens for question in questions)
+                    remedy = "serve it with a longer context, such as vLLM's --max-model-len 16384"
+                    raise ConfigError(
+                        f"the endpoint leaves no room for {tokens} tokens of output", remedy=remedy
+                    ) from None
                 if error.kind not in (GuardErrorKind.UNPARSEABLE, GuardErrorKind.TRUNCATED):
                     raise
                 logger.warning("the warm-up gave no verdict: %s", error)

@@ -254,6 +254,7 @@ def test_a_server_without_log_probabilities_gives_whole_scores(endpoint):
     [
         (by_the_rule, ("another",), ConfigError, "--endpoint-model is one of another"),
         (lambda seen: Answer(404), (), ConfigError, "the endpoint refuses questions"),
+        (lambda seen: Answer(400, LONG), (), ConfigError, "no room for 64 tokens of output"),
         (lambda seen: Answer(500), ("llama-guard-4",), GuardError, "the endpoint failed"),
     ],
 )
