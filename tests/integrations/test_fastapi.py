@@ -22,6 +22,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
@@ -247,6 +249,26 @@ def test_background_tasks_delay_no_answer_and_outlive_it() -> None:
             response = http.post(CHAT, json=GOOD)
             assert response.elapsed.total_seconds() < 0.8
         assert eventually(done.is_set)
+
+
+def test_middleware_that_is_added_later_is_outside_and_answers_preflights() -> None:
+    app = guarded()
+    app.add_middleware(CORSMiddleware, allow_origins=["http://page"], allow_methods=["POST"], allow_headers=["*"])
+    with Served(app) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        asked = {"origin": "http://page", "access-control-request-method": "POST"}
+        assert http.options(CHAT, headers=asked).status_code == 200
+        for body, status in ((GOOD, 200), (BAD, 400)):
+            response = http.post(CHAT, json=body, headers={"origin": "http://page"})
+            assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, "http://page")
+
+
+def test_compression_inside_the_guard_compresses_nothing() -> None:
+    inner = ScriptedUpstream(ANSWERS).app
+    inner.add_middleware(GZipMiddleware, minimum_size=1)
+    with Served(GuardMiddleware(inner, runtime=Runtime(config.Config(), guard=RuleGuard()))) as server:
+        response = post(server.url)
+    assert response.status_code == 200
+    assert "content-encoding" not in response.headers
 
 
 def test_a_websocket_of_the_application_is_closed() -> None:
