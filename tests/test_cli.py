@@ -56,10 +56,12 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("argv", "options"),
     [
-        ([], ["serve", "demo", "check", "worker", "policy", "--version", "--log-level", "examples:"]),
+        ([], ["serve", "demo", "check", "worker", "policy", "weights", "--version", "--log-level", "examples:"]),
         (["serve"], ["--config", "--upstream", "--host", "--port"]),
         (["demo"], ["--upstream", "--upstream-model", "--port", "--no-serve"]),
         (["check"], ["FILE", "--text", "--image", "--response", "--model", "--worker", "--threads", "--deadline"]),
+        (["weights"], ["list", "stage", "unstage", "promote", "rollback", "examples:"]),
+        (["weights", "stage"], ["REVISION", "--config", "--directory", "--guard", "--force", "--no-wait", "--timeout"]),
         (["policy"], ["explain"]),
         (["policy", "explain"], ["--config", "--path", "--tenant", "--api-key-env", "--untrusted-peer", "--json"]),
     ],

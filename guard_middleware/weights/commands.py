@@ -122,7 +122,9 @@ def _list(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
         roles[found.staged.revision.model] = f"staged: {found.staged.phase}"
     known = {str(path): path for path in directory.revisions()}
     models = [*known, *(model for model in roles if model not in known)]
-    rows = [_row(model, roles.get(model, "")) for model in models]
+    held = [found.active, found.previous, found.staged.revision if found.staged else None]
+    loaded = {one.model: one.revision for one in held if one is not None}
+    rows = [_row(model, loaded.get(model), roles.get(model, "")) for model in models]
     if arguments.json:
         print(json.dumps({"directory": str(directory.folder), "followed": followed, "revisions": rows,
                           "state": state.encode(found)}, indent=1))  # fmt: skip
@@ -143,16 +145,16 @@ def _list(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(model: str, role: str) -> dict[str, str | bool | None]:
+def _row(model: str, loaded: str | None, role: str) -> dict[str, str | bool | None]:
     folder = Path(model)
     try:
         lineage = json.loads((folder / manifest.LINEAGE).read_text("utf-8"))
-        revision, made = str(lineage["revision"]), str(lineage["made"])[:10]
+        stated, made = str(lineage["revision"]), str(lineage["made"])[:10]
     except (OSError, ValueError, LookupError, TypeError):
-        revision, made = None, None
+        stated, made = None, None
     return {
         "name": folder.name or model,
-        "revision": revision,
+        "revision": loaded or stated,
         "made": made,
         "card": (folder / manifest.CARD).is_file(),
         "calibration": (folder / manifest.CALIBRATION).is_file(),
