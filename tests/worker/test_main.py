@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from guard_middleware.errors import GuardErrorKind
+from guard_middleware.errors import ConfigError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.types import Conversation, Message, Text
 from guard_middleware.wire import ModerationRequest
-from guard_middleware.worker.__main__ import main, parser
+from guard_middleware.worker.__main__ import _vllm_args, load, main, parser
+from guard_middleware.worker.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "guard_middleware.worker"]
@@ -106,3 +108,37 @@ def test_help_teaches_by_examples():
     text = parser().format_help()
     for words in ("--socket PATH", "curl --unix-socket", "worker ready model=", "Exit status"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "vllm"], ("which is not installed", "guard-middleware[vllm]", "--engine transformers")),
+        (["--engine", "vllm", "--threads", "1"], ("--threads is for the CPU", "OMP_NUM_THREADS")),
+        (["--engine", "vllm", "--vllm-arg", "tensor_parallel_size"], ("no KEY=VALUE", "tensor_parallel_size=2")),
+        (["--engine", "vllm", "--vllm-args", "/nonexistent.json"], ("cannot be read as JSON",)),
+        (["--vllm-arg", "tensor_parallel_size=2"], ("another engine", "add --engine vllm")),
+    ],
+)
+def test_an_engine_that_cannot_be_had_is_refused_with_the_remedy(arguments, words):
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    options = parser().parse_args(["--socket", "unused", "--no-reader", *arguments])
+    with pytest.raises(ConfigError) as caught:
+        asyncio.run(load(options, Metrics()))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_vllms_arguments_are_json_or_bare_words_and_those_on_the_line_win(tmp_path):
+    file = tmp_path / "args.json"
+    file.write_text('{"dtype": "float16", "enforce_eager": true}')
+    stated = ["tensor-parallel-size=2", "dtype=bfloat16", 'override_generation_config={"a": 1}']
+    arguments = [part for one in stated for part in ("--vllm-arg", one)]
+    options = parser().parse_args(["--socket", "unused", "--vllm-args", str(file), *arguments])
+    assert _vllm_args(options) == {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "tensor_parallel_size": 2,
+        "override_generation_config": {"a": 1},
+    }
