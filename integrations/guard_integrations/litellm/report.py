@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import time
 from typing import Any
 
@@ -17,10 +19,23 @@ logger = logging.getLogger(__name__)
 PROVIDER = "guard_middleware"
 
 
+#: what LiteLLM imports for each entry, to emit a span
+_SPANS = "litellm.integrations.otel.logger"
+
+
+def _settle_spans() -> None:
+    """Has LiteLLM look for its spans' module once, not once for each entry: a failing import costs milliseconds."""
+    try:
+        importlib.import_module(_SPANS)
+    except ImportError:
+        sys.modules[_SPANS] = None  # type: ignore[assignment]
+
+
 class Report:
     """Adds one entry for each decision. Reasoning follows ``audit.include_reasoning`` and ``audit.redact``."""
 
     def __init__(self, guardrail: Any, config: Config) -> None:
+        _settle_spans()
         self._guardrail = guardrail
         self._reasoning = config.audit.include_reasoning
         self._redact = Redactor([(rule.pattern, rule.replacement) for rule in config.audit.redact])

@@ -114,7 +114,6 @@ def scene(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
             mcp_servers={"tools": {"transport": "stdio", "command": str(python), "args": ["mcp_server.py"]}},
         )
         proxy.environment = {
-            "LITELLM_OTEL_V2": "true",
             "OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_TRACES_EXPORTER": "otlp",
