@@ -354,7 +354,8 @@ def test_a_worker_on_vllm_shows_vllms_figures(worker):
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(worker[0]))) as client:
         lines = client.get("http://worker/metrics").text.splitlines()
     figures = dict(line.split() for line in lines if not line.startswith("#"))
-    assert float(figures["guard_worker_vllm_prefix_hit_tokens"]) > 0
+    assert float(figures["guard_worker_vllm_prefix_tokens"]) > 0
+    assert float(figures["guard_worker_vllm_images"]) > 0
     assert float(figures["guard_worker_vllm_kv_cache_usage"]) < 1
 
 

@@ -25,19 +25,21 @@ class Driver:
 
     def __init__(self, folder: Path, max_batch: int, **environment: str) -> None:
         argv = [str(vllm_environment.python()), str(_DRIVER), str(folder), str(max_batch)]
-        self._process = subprocess.Popen(
-            argv,
-            env=dict(vllm_environment.variables(**environment)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / "driver.log").open("wb"),
-            text=True,
-        )
         self._log = folder / "driver.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                argv,
+                env=dict(vllm_environment.variables(**environment)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         self._ids = itertools.count(1)
         self._lines: queue.Queue[str] = queue.Queue()
         self._answers: dict[int, dict] = {}
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.processes: list[int] = self._next(START)["processes"]
 
     def _read(self) -> None:
@@ -91,6 +93,8 @@ class Driver:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(10)
+        self._process.stdout.close()
 
 
 def start_worker(socket: Path, folder: Path, *options: str) -> subprocess.Popen:
@@ -98,10 +102,11 @@ def start_worker(socket: Path, folder: Path, *options: str) -> subprocess.Popen:
     args = folder / "args.json"
     args.write_text(json.dumps(ENGINE_ARGS))
     argv = [str(vllm_environment.python()), "-m", "guard_middleware.worker", "--engine", "vllm", "--model", "nano"]
-    return subprocess.Popen(
-        [*argv, "--socket", str(socket), "--no-reader", "--vllm-args", str(args), *options],
-        env=dict(vllm_environment.variables()),
-        stdout=subprocess.PIPE,
-        stderr=(folder / "worker.log").open("wb"),
-        text=True,
-    )
+    with (folder / "worker.log").open("wb") as log:
+        return subprocess.Popen(
+            [*argv, "--socket", str(socket), "--no-reader", "--vllm-args", str(args), *options],
+            env=dict(vllm_environment.variables()),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
