@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 from fastapi import HTTPException
+from litellm.exceptions import ModifyResponseException
 from litellm.integrations.custom_guardrail import CustomGuardrail
 from litellm.proxy._types import ProxyException
 from litellm.types.guardrails import GuardrailEventHooks
@@ -183,8 +184,10 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         if not isinstance(turn, Turn) or turn.relayed or turn.answered:
             return None
         answer = None
-        if isinstance(original_exception, HTTPException | ProxyException):  # LiteLLM's own: limits, unknown models
+        if isinstance(original_exception, HTTPException | ProxyException | ModifyResponseException):
+            # LiteLLM's own words (limits, unknown models), or those of another guardrail in place of an answer
             await turn.close()
+            _current.set(_UNREAD)
         else:
             status = getattr(original_exception, "status_code", None)
             answer = await turn.upstream_failed(status if isinstance(status, int) else 502)
@@ -211,6 +214,25 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
             if name.startswith(b"x-guard-")
         }
 
+    # -- around a deployment, where LiteLLM binds guardrails to models; in the SDK these are the only hooks --
+
+    async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> Any:
+        """Judges what no proxy has judged."""
+        if _of_proxy(_current.get()):
+            return kwargs
+        result = await super().async_pre_call_deployment_hook(kwargs, call_type)
+        if isinstance(turn := _current.get(), Turn):
+            turn.deployed = True
+        return result
+
+    async def async_post_call_success_deployment_hook(
+        self, request_data: dict[str, Any], response: Any, call_type: Any
+    ) -> Any:
+        """Judges what no proxy will judge."""
+        if _of_proxy(_current.get()):
+            return None
+        return await super().async_post_call_success_deployment_hook(request_data, response, call_type)
+
     # -- inside --
 
     async def _turn(self, data: dict[str, Any], user_api_key_dict: Any) -> Turn | None:
@@ -231,6 +253,10 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         if answer.status == 200:  # LiteLLM makes an answer of our words, and shows it to the hooks
             _current.set(_UNREAD)
         return refused(self, turn, answer, data)
+
+
+def _of_proxy(turn: Turn | str | None) -> bool:
+    return turn == _UNREAD or (isinstance(turn, Turn) and not turn.deployed)
 
 
 def caller_of(user_api_key_dict: Any, data: Mapping[str, Any]) -> Caller:

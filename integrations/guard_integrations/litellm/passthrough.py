@@ -84,4 +84,4 @@ class _Raising(Mapping[str, str]):
     def __len__(self) -> int:
         self._raise()
 
-    get = __contains__ = items = keys = values = _raise  # type: ignore[assignment]
+    get = __contains__ = items = keys = values = _raise

@@ -59,7 +59,8 @@ def as_http(error: Exception) -> Exception:
     if not isinstance(error, Refusal):
         return error
     detail = {"error": error.message, "type": error.type, **(error.provider_specific_fields or {})}
-    return HTTPException(error.status_code, detail, dict(error.headers))
+    replaced: Exception = HTTPException(error.status_code, detail, dict(error.headers))
+    return replaced
 
 
 def not_served(guardrail: Any, kind: str) -> Refusal:
@@ -76,12 +77,13 @@ def _soft(guardrail: Any, turn: Turn, data: dict[str, Any]) -> Exception:
     assert record.conversation is not None
     notice = enforce.notice(record.calls[0].decision, record.conversation)
     model = data.get("model")
-    return ModifyResponseException(  # type: ignore[no-any-return]
+    answered: Exception = ModifyResponseException(
         message=notice.message,
         model=model if isinstance(model, str) else "",
         request_data=data,
         guardrail_name=guardrail.guardrail_name,
     )
+    return answered
 
 
 def _public(name: bytes) -> bool:

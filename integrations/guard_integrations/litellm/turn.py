@@ -76,11 +76,14 @@ class Turn:
         self.headers: Headers = ()
         #: whether LiteLLM relays the answer itself, its errors included
         self.relayed = False
+        #: whether it is a deployment's, without a proxy around it
+        self.deployed = False
         #: whether an answer was given, so that no second one can come
         self.answered = False
         self._found: list[Record] = []
         headers = (*JSON, (b"authorization", b"Bearer " + caller.key.encode())) if caller.key else JSON
         self._span = caller.span
+        self._task: asyncio.Task[Any] | None = None
         self._exchange = GuardedExchange(
             runtime, route.path, wire.encode(body), headers=headers, tenant=caller.tenant(runtime)
         )
@@ -97,8 +100,9 @@ class Turn:
                 await self._exchange.__aenter__()
         finally:
             _records.reset(token)
-        if (task := asyncio.current_task()) is not None:
-            task.add_done_callback(self._abandon)
+        self._task = asyncio.current_task()
+        if self._task is not None:
+            self._task.add_done_callback(self._abandon)
         sent = await self._exchange.request()
         if isinstance(sent, Answer):
             raise await self._refused(sent)
@@ -138,6 +142,8 @@ class Turn:
     async def close(self) -> None:
         """Ends the exchange, which makes its record."""
         self.answered = True
+        if self._task is not None:
+            self._task.remove_done_callback(self._abandon)
         await self._exchange.aclose()
 
     async def _refused(self, answer: Answer) -> Refused:

@@ -223,7 +223,8 @@ class Proxy:
             "SINK": str(self.records_path),
             **self.environment,
         }
-        environment.pop("DATABASE_URL", None)
+        for name in ("DATABASE_URL", "PYTHONDONTWRITEBYTECODE"):  # the latter makes each start compile all of LiteLLM
+            environment.pop(name, None)
         argv = [str(python().with_name("litellm")), "--config", "config.yaml", "--host", "127.0.0.1"]
         with self._log.open("ab") as output:
             self.popen = subprocess.Popen(

@@ -85,3 +85,20 @@ def test_a_guardrail_that_litellm_does_not_call_stops_the_proxy(worker: Path, tm
         assert "LiteLLM does not call guard before a request" in proxy.log
     finally:
         proxy.stop()
+
+
+def test_a_guard_that_is_bound_to_a_model_guards_that_model_once(worker: Path, tmp_path: Path) -> None:
+    with Upstream() as upstream:
+        params = {"model": "openai/good", "api_base": f"{upstream.url}/v1", "api_key": "k"}
+        models = [
+            {"model_name": "bound", "litellm_params": {**params, "guardrails": ["guard"]}},
+            {"model_name": "free", "litellm_params": params},
+        ]
+        rail = guardrail(worker, default_on=False)
+        with Proxy(tmp_path / "proxy", upstream.url, [rail], model_list=models) as proxy:
+            response = proxy.post(CHAT.path, {"model": "bound", **CHAT.text(NICE)})
+            assert (response.status_code, "oven" in response.text) == (200, True), response.text
+            for stream in (False, True):
+                bound = proxy.post(CHAT.path, {"model": "bound", **CHAT.text(HARM), "stream": stream})
+                assert bound.status_code == 400, bound.text
+            assert proxy.post(CHAT.path, {"model": "free", **CHAT.text(HARM)}).status_code == 200
