@@ -22,6 +22,7 @@ _LITELLM = frozenset(
 )
 #: LiteLLM's own entries of a request that has no copy of the client's body (pass-through, SDK)
 _ENTRIES = frozenset({"litellm_logging_obj", "litellm_call_id", "metadata", "proxy_server_request", "secret_fields"})
+_COPY = "provider_specific_fields"
 #: LiteLLM's bookkeeping in an answer that is a dictionary; the proxy leaves it out
 _HIDDEN = frozenset({"_hidden_params", "_response_headers"})
 #: never written back: LiteLLM routes by them, and the dialects do not change them
@@ -107,6 +108,12 @@ def answer_value(response: Any) -> Any:
     return response
 
 
+def answer_bytes(value: Any) -> bytes:
+    """The JSON of an answer to judge, without LiteLLM's second copy of what a provider said."""
+    data = encode(value)
+    return encode(_without(value, _COPY)) if _COPY.encode() in data else data
+
+
 def rebuild(response: Any, value: Mapping[str, Any]) -> Any:
     """An object of the type of ``response`` that says ``value``, with LiteLLM's bookkeeping of the first."""
     if isinstance(response, dict):
@@ -127,6 +134,12 @@ def _sent(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _only_names(value: Any) -> bool:
     """Fallbacks that are names of models; such with parameters could bring another prompt."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _without(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner, name) for key, inner in value.items() if key != name}
+    return [_without(inner, name) for inner in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
