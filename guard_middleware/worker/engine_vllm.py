@@ -27,10 +27,8 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import io
 import json
-import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -56,6 +54,7 @@ os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
+import vllm
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -64,8 +63,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
-
-logger = logging.getLogger(__name__)
 
 LEAST_VERSION = (0, 31)
 #: pictures of one prompt; more is ``too_long`` (tests/worker/test_engine_vllm.py). A gateway passes 20 at most
@@ -210,7 +207,7 @@ class VllmEngine:
         return picture_tokens(image, self._factor, self.facts)
 
     def gauges(self) -> Mapping[str, float]:
-        """vLLM's own figures, summed over its data-parallel ranks (hit rates: averaged)."""
+        """vLLM's own figures, summed over its data-parallel ranks (shares: averaged)."""
         return _summed(list(self._stats.values()))
 
     async def close(self) -> None:
@@ -220,7 +217,11 @@ class VllmEngine:
     async def generate(self, id: str, prompt: GuardPrompt, priority: int = 0) -> Generation:
         """See ``Engine``."""
         pictures = await self._pictures(prompt)
-        writing = await self._write(prompt, functools.partial(self._ask, id, prompt, pictures, priority))
+        ask = functools.partial(self._ask, id, prompt, pictures, priority)
+        if self._form is not None and prompt.think:
+            writing = await self._fill(prompt, ask)
+        else:
+            writing = await self._write(prompt, self._limit - len(prompt.ids) - pictures.extra_tokens, ask)
         if not self._control.isdisjoint(writing.ids):
             raise GuardError(GuardErrorKind.UNPARSEABLE, "the guard wrote a control token")
         thought = writing.thought if writing.thought is not None or not prompt.think else writing.decoded
@@ -235,9 +236,8 @@ class VllmEngine:
             queue_seconds=writing.queue_seconds,
         )
 
-    async def _write(self, prompt: GuardPrompt, ask: _Ask) -> _Writing:
-        if self._form is not None and prompt.think:
-            return await self._fill(prompt, ask)
+    async def _write(self, prompt: GuardPrompt, room: int, ask: _Ask) -> _Writing:
+        """Reasoning, where it is wanted, in ``room`` tokens with the labels; then the labels."""
         filling: Filling | Brief
         if self._form is not None:
             if not self._form.judges_without_reasoning:
@@ -250,7 +250,7 @@ class VllmEngine:
         writing = _Writing()
         if not prompt.think:
             writing.ids, writing.given = fixed, len(fixed)
-        elif not await self._reason(prompt, ask, writing):
+        elif not await self._reason(min(room, prompt.max_new_tokens) - self._verdict_tokens, ask, writing):
             return writing
         while not filling.complete:
             await self._decide(prompt, ask, writing, filling)
@@ -258,10 +258,10 @@ class VllmEngine:
         writing.scores = filling.scores
         return writing
 
-    async def _reason(self, prompt: GuardPrompt, ask: _Ask, writing: _Writing) -> bool:
+    async def _reason(self, budget: int, ask: _Ask, writing: _Writing) -> bool:
         """Up to the request's label; whether the output has come so far in its proper form."""
-        budget = max(1, prompt.max_new_tokens - self._verdict_tokens)
-        output = await ask(writing, _greedy(max_tokens=budget, stop=[RESULT], include_stop_str_in_output=True))
+        params = _greedy(max_tokens=max(1, budget), stop=[RESULT], include_stop_str_in_output=True)
+        output = await ask(writing, params)
         writing.thought = self._thought(writing.ids)
         writing.cut = output.finish_reason == "length"
         text = self._tokenizer.decode(writing.ids)
@@ -307,10 +307,15 @@ class VllmEngine:
         return ids
 
     def _thought(self, ids: Sequence[int]) -> int | None:
-        """The number of tokens up to ``</think>``."""
-        return next(
-            (n for n in range(1, len(ids) + 1) if END_THINK in self._tokenizer.decode(ids[max(0, n - _TAIL) : n])), None
-        )
+        """The number of tokens up to ``</think>``. It stands near the end, and one look costs microseconds."""
+        thought = None
+        if END_THINK in self._tokenizer.decode(ids):
+            for length in range(len(ids), 0, -1):
+                if END_THINK in self._tokenizer.decode(ids[max(0, length - _TAIL) : length]):
+                    thought = length
+                elif thought is not None:
+                    break
+        return thought
 
     # -- vLLM
 
@@ -360,8 +365,8 @@ class VllmEngine:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {length} tokens")
         if not counts:
             return _Pictures((), (), 0)
-        images = await asyncio.to_thread(lambda: tuple(map(_decoded, prompt.images)))
-        names = tuple(hashlib.sha256(image).hexdigest() for image in prompt.images)
+        decoded = await asyncio.to_thread(lambda: [_decoded(image) for image in prompt.images])
+        images, names = zip(*decoded, strict=True)
         return _Pictures(images, names, sum(counts) - len(counts))
 
     def _stat_logger(self, config: Any, engine_index: int = 0) -> StatLoggerBase:
@@ -430,15 +435,14 @@ def _greedy(**options: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY, **options)
 
 
-def _decoded(data: bytes) -> Image.Image:
+def _decoded(data: bytes) -> tuple[Image.Image, str]:
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(data)).convert("RGB"), hashlib.sha256(data).hexdigest()
     except (OSError, ValueError, SyntaxError) as error:
         raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded") from error
 
 
 def _check_version() -> None:
-    found = importlib.metadata.version("vllm")
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_VERSION:
+    if tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) < LEAST_VERSION:
         least = ".".join(map(str, LEAST_VERSION))
-        raise ConfigError(f"vLLM {found} is too old", path="--engine", remedy=f"pip install 'vllm>={least}'")
+        raise ConfigError(f"vLLM {vllm.__version__} is too old", path="--engine", remedy=f"pip install 'vllm>={least}'")

@@ -75,9 +75,9 @@ def vllm_engine(weights: Weights, at_once: int, reasoning: int | None, args: dic
     class Fixed(VllmEngine):
         """Reasons for a fixed number of tokens, whatever they say, and then judges."""
 
-        async def _reason(self, prompt: Any, ask: Any, writing: Any) -> bool:
+        async def _reason(self, budget: int, ask: Any, writing: Any) -> bool:
             if reasoning is None:
-                return await super()._reason(prompt, ask, writing)
+                return await super()._reason(budget, ask, writing)
             options = {"temperature": 0.0, "ignore_eos": True, "min_tokens": reasoning, "max_tokens": reasoning}
             params = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY, allowed_token_ids=plain)
             await ask(writing, params)
