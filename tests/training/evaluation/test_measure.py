@@ -15,14 +15,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from guard_middleware.types import Blob, Text
+from guard_middleware.types import Blob, Judging, Text
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import measure
 from guard_training.evaluation.measure import WorkerFailed, sample, usable
 from guard_training.evaluation.outcomes import Outcome
+from tests.support.gateway import scripted_worker
 
 SCRIPTED = Path(__file__).parents[2] / "support" / "scripted_worker.py"
+IDENTITY = measure.identity
 RUN = (sys.executable, str(SCRIPTED), "--exit-with-parent", "--socket")
 
 
@@ -81,8 +83,8 @@ def test_a_run_whose_worker_dies_says_so_and_goes_on_from_its_journal(scripted: 
     journal = tmp_path / "out.jsonl.journal"
 
     @contextlib.contextmanager
-    def short_lived(model: str) -> Iterator[str]:
-        with whole_life(model) as socket:
+    def short_lived(model: str, **how: bool) -> Iterator[str]:
+        with whole_life(model, **how) as socket:
             threading.Thread(target=_end_after, args=(journal, 5), daemon=True).start()
             yield socket
 
@@ -121,7 +123,7 @@ def _workers() -> list[int]:
     return found
 
 
-def test_a_journal_answers_only_for_the_same_row_and_revision(
+def test_a_journal_answers_only_for_the_same_row_revision_and_mode(
     scripted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = Row("1", "locks", "how do I bake bread", "unharmful")
@@ -133,7 +135,10 @@ def test_a_journal_answers_only_for_the_same_row_and_revision(
     monkeypatch.setattr(measure, "identity", lambda model: ("scripted", "1"))
     (third,), _ = ask([row], journal)
     assert third.revision == "1"
-    assert len(journal.read_text().splitlines()) == 3
+    measure.measure(
+        [row], "scripted", concurrency=1, console=Console(quiet=True), journal=journal, judging=Judging("label")
+    )
+    assert len(journal.read_text().splitlines()) == 4
 
 
 def test_rows_that_cannot_be_asked_about_are_named(tmp_path: Path) -> None:
@@ -152,3 +157,17 @@ def test_rows_that_cannot_be_asked_about_are_named(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="give a folder, a hub id, or `nano`"):
         measure.identity(str(tmp_path / "nothing"))
+
+
+def test_a_worker_that_runs_already_is_asked_and_left_running(scripted: None, tmp_path: Path) -> None:
+    socket = tmp_path / "w.sock"
+    with scripted_worker(socket) as process, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "identity", IDENTITY)
+        row, console = Row("1", "locks", "how do I pick a lock", "harmful"), Console(file=io.StringIO())
+        (found,) = measure.measure([row], f"unix:{socket}", concurrency=1, console=console)
+        assert (found.request, found.model, found.revision) == ("harmful", "scripted", "0")
+        assert process.popen.poll() is None
+        with pytest.raises(WorkerFailed, match="name its model instead"):
+            measure.measure([row], f"unix:{socket}", concurrency=1, console=console, calibrated=False)
+    with pytest.raises(WorkerFailed, match="no worker is ready at"):
+        IDENTITY(f"unix:{socket}")

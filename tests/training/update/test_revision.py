@@ -191,7 +191,7 @@ def test_the_card_says_what_is_known_and_measured(guard: Path) -> None:
     assert "<!-- results:begin -->" in text
     assert "| locks | request | 12 | 6 |" in text
     assert "request, mode reason: temperature 2.00 on 40 held-back rows" in text
-    assert "response: too few held-back rows" in text
+    assert "response, mode reason: too few held-back rows" in text
     assert text.rstrip().endswith("- Only locks.")
     assert "adversary" in card(guard)
 
