@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -28,6 +29,8 @@ from guard_middleware.types import NOT_NEEDED, Action, Conversation, Opinion, So
 from guard_middleware.wire import ModerationRequest
 from tests.support.gateway import Gateway, Process, Upstream, chat, scripted_worker
 from tests.support.pieces import model, question, record, run, user
+from tests.support.records import call
+from tests.support.records import record as some_record
 
 Outcome = Verdict | GuardError
 HELLO = question(Conversation((user("hello"),)))
@@ -487,6 +490,25 @@ def test_a_span_tells_an_error_of_a_guard_from_one_that_was_not_needed() -> None
         assert (members[0]["error.type"], members[2]["guard_middleware.cancelled"]) == ("timeout", True)
 
     run(work())
+
+
+def test_an_error_that_another_guard_outvoted_is_still_counted_by_the_name_of_its_guard() -> None:
+    reader = InMemoryMetricReader()
+    telemetry = Telemetry(TracerProvider(), MeterProvider([reader]))
+    opinions = (
+        Opinion("a", None, "timeout", 0.0, 1.0),
+        Opinion("b", says(0.95), None, 0.0, 0.1),
+        Opinion("c", None, NOT_NEEDED, 0.0, 0.1),
+    )
+    finished = some_record(calls=(replace(call("input", says(0.95)), opinions=opinions),))
+    telemetry.request("POST", "/v1/chat/completions", ()).finish(finished)
+    data = reader.get_metrics_data()
+    assert data is not None
+    metrics = [m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics]
+    points = next(m.data.data_points for m in metrics if m.name == "guard_middleware.guard.errors")
+    assert [dict(point.attributes or {}) for point in points] == [
+        {"gen_ai.guardrail.source": "input", "error.type": "timeout", "guard_middleware.guard": "a"}
+    ]
 
 
 # -- configuration --
