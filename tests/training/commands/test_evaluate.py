@@ -33,7 +33,7 @@ def call(*arguments: object) -> None:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_command", lambda _, socket: [*RUN, socket])
+    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: [*RUN, socket])
     monkeypatch.setattr(measure, "identity", lambda model: ("scripted", "0"))
 
 
@@ -143,7 +143,7 @@ _DRIVER = """
 import argparse, sys
 from guard_training.commands import evaluate
 from guard_training.evaluation import measure
-measure._command = lambda _, socket: [*{run!r}, socket]
+measure._command = lambda _, socket, calibrated: [*{run!r}, socket]
 measure.identity = lambda model: ("scripted", "0")
 parser = argparse.ArgumentParser()
 evaluate.add(parser.add_subparsers())

@@ -64,7 +64,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option(
         "--images", metavar="WHERE", help="pictures of the benchmarks: a folder or a hub id (default: beside the files)"
     )
-    option("--model", help="nano, a folder, or a hub id; not needed where --predictions says it all")
+    option(
+        "--model",
+        help="nano, a folder, a hub id, or unix:SOCKET of a worker that runs (docs/guards.md); not needed where "
+        "--predictions says it all",
+    )
     option(
         "--predictions", action="append", default=[], metavar="NAME=FILE", help="another model's answers; repeatable"
     )

@@ -39,6 +39,7 @@ from guard_training.journal import Journal
 
 START_SECONDS = 120.0
 DEADLINE_SECONDS = 120.0
+_RUNNING = "unix:"
 
 
 class WorkerFailed(ValueError):
@@ -58,8 +59,13 @@ class Asked:
 def worker(model: str, *, calibrated: bool = True) -> Iterator[str]:
     """A worker process that serves ``model``; gives the path of its socket once it is ready.
 
-    ``calibrated`` false: with the guard's own scores.
+    ``calibrated`` false: with the guard's own scores. ``unix:SOCKET`` is a worker that runs already, and goes on.
     """
+    if model.startswith(_RUNNING):
+        if not calibrated:
+            raise WorkerFailed("a worker that runs already gives the scores that it gives; name its model instead")
+        yield model.removeprefix(_RUNNING)
+        return
     with tempfile.TemporaryDirectory(prefix="guard-evaluate-") as folder:
         socket, log = f"{folder}/worker.sock", Path(folder) / "log"
         with log.open("wb") as out:
@@ -165,11 +171,27 @@ def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
 
 def identity(model: str) -> tuple[str, str]:
     """Name and revision of what ``--model`` names, without loading it; raises ``WorkerFailed`` with the remedy."""
+    if model.startswith(_RUNNING):
+        return _running(model.removeprefix(_RUNNING))
     try:
         facts = resolve(model).facts
     except ConfigError as error:
         raise WorkerFailed(str(error)) from None
     return facts.name, facts.revision
+
+
+def _running(socket: str) -> tuple[str, str]:
+    try:
+        if not Path(socket).exists():  # httpx leaks a socket where nobody listens
+            raise LookupError
+        with httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://worker") as client:
+            said = client.get("/ready").json()
+        if said["ready"]:
+            return str(said["model"]), str(said["revision"])
+        why = said["why"]
+    except (httpx.TransportError, ValueError, LookupError, TypeError) as error:
+        why = str(error) or "nobody listens"
+    raise WorkerFailed(f"no worker is ready at {socket} ({why}); start one with python -m guard_middleware.worker")
 
 
 def measure(
