@@ -40,8 +40,8 @@ class Whole(Exception):
 class Relay:
     """``begin`` first, then ``whole``, ``failed`` or ``streams`` and ``advance``; ``close`` last."""
 
-    def __init__(self, runtime: Runtime, path: str, body: bytes) -> None:
-        self._exchange = GuardedExchange(runtime, path, body, headers=JSON)
+    def __init__(self, runtime: Runtime, path: str, body: bytes, tenant: str | None = None) -> None:
+        self._exchange = GuardedExchange(runtime, path, body, headers=JSON, tenant=tenant)
         self._given: asyncio.Queue[bytes | UpstreamError | Turn] = asyncio.Queue()
         self._wanted = asyncio.Event()
         self._released: AsyncIterator[bytes] | None = None

@@ -31,7 +31,7 @@ from guard_integrations.litellm.sdk_guard import Guard
 from guard_middleware.config import Config
 
 #: releases of LiteLLM whose inside was read and tested: from the first, below the second
-VERSIONS: Final = ((1, 102), (1, 104))
+VERSIONS: Final = ((1, 102), (1, 110))
 _CALLS: Final = {
     wire.CHAT: ("completion", "acompletion"),
     wire.COMPLETIONS: ("text_completion", "atext_completion"),
@@ -51,26 +51,28 @@ _lock = threading.Lock()
 _installed: Installation | None = None
 
 
-def install(config: Config | str | Path | None = None, *, unread: Iterable[str] = ()) -> None:
+def install(
+    config: Config | str | Path | None = None, *, unread: Iterable[str] = (), tenant: str | None = None
+) -> None:
     """Puts LiteLLM's calls in this process through the guard, whatever names they were imported under.
 
     ``config`` is a ``Config``, the path of its file, or None for the file that ``GUARD_MIDDLEWARE_CONFIG`` names.
-    ``unread`` names LiteLLM's other calls that may pass UNREAD, such as ``aembedding``. Returns when the guard can
-    judge. A second installation with the same arguments does nothing.
+    ``unread`` names LiteLLM's other calls that may pass UNREAD, such as ``aembedding``. ``tenant`` chooses this
+    process's policy where ``tenants.header`` is set. Returns when the guard can judge. A second installation with the
+    same arguments does nothing.
 
     Raises ``RuntimeError`` where LiteLLM is absent or unknown, for a bad configuration and for a second one, and
     ``GuardError`` where the guard does not get ready.
     """
     global _installed
     chosen = config if isinstance(config, Config) else settings.load(config)
-    names = frozenset([unread] if isinstance(unread, str) else unread)
+    asked = (chosen, frozenset([unread] if isinstance(unread, str) else unread), tenant)
     with _lock:
-        if _installed is not None and _installed.has(chosen, names):
-            return
-        if _installed is not None:
-            raise RuntimeError("the guard is installed with another configuration; call uninstall() first")
-        _check_version()
-        _installed = Installation(chosen, names)
+        if _installed is not None and _installed.asked != asked:
+            raise RuntimeError("the guard is installed with other arguments; call uninstall() first")
+        if _installed is None:
+            _check_version()
+            _installed = Installation(*asked)
 
 
 def uninstall() -> None:
@@ -91,17 +93,15 @@ def inside() -> bool:
 class Installation:
     """LiteLLM's functions, replaced."""
 
-    def __init__(self, config: Config, unread: frozenset[str]) -> None:
+    def __init__(self, config: Config, unread: frozenset[str], tenant: str | None) -> None:
+        self.asked = (config, unread, tenant)
         functions = _functions()
         self._unread = unread
-        self._guard = Guard(config)
+        self._guard = Guard(config, tenant)
         self._replaced = [Replaced(function, self._guarding(route, named)) for function, route, named in functions]
         from litellm import utils
 
         self._replaced.append(Replaced(utils.function_setup, self._refusing))
-
-    def has(self, config: Config, unread: frozenset[str]) -> bool:
-        return (self._guard.config, self._unread) == (config, unread)
 
     def remove(self) -> None:
         for replaced in self._replaced:
@@ -163,7 +163,6 @@ def _within(original: Callable[..., Any], given: dict[str, Any]) -> Any:
 def _functions() -> list[tuple[FunctionType, wire.Route, Callable[..., Any]]]:
     """Each function that is replaced with its API and the function whose signature names its arguments."""
     import litellm
-    from litellm.llms.anthropic.experimental_pass_through.messages.handler import anthropic_messages_handler
     from litellm.utils import client
 
     found: list[tuple[FunctionType, wire.Route, Callable[..., Any]]] = []
@@ -177,9 +176,8 @@ def _functions() -> list[tuple[FunctionType, wire.Route, Callable[..., Any]]]:
                 raise RuntimeError(
                     f"litellm.{name} is not LiteLLM's own: another library has replaced it; install the guard first"
                 ) from None
-    # behind ``litellm.anthropic.messages.create``, which no decorator lies over
-    found.append((anthropic_messages_handler, wire.MESSAGES, anthropic_messages_handler))
-    return found
+    create = litellm.anthropic.messages.create  # the one call that LiteLLM does not decorate
+    return [*found, (create, wire.MESSAGES, create)]
 
 
 def _check_version() -> None:

@@ -19,8 +19,8 @@ from guard_middleware.runtime import Runtime
 class Guard:
     """Ready to judge when it is made; raises ``ConfigError`` and ``GuardError``."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, tenant: str | None = None) -> None:
+        self._config, self._tenant = config, tenant
         self._lock = threading.Lock()
         self._start()
 
@@ -50,10 +50,10 @@ class Guard:
             raise
 
     def relay(self, call: Call) -> Relay:
-        return Relay(self._runtime, call.route.path, call.body)
+        return Relay(self._runtime, call.route.path, call.body, self._tenant)
 
     def _start(self) -> None:
-        runtime = Runtime(self.config, remote=True)
+        runtime = Runtime(self._config, remote=True)
         loop = GuardLoop(runtime.aclose)
         try:
             loop.call(runtime.start(wait=True))

@@ -6,6 +6,7 @@ has, except what that has read and not shown (``chunks``, ``completed_response``
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import uuid
 import weakref
@@ -150,14 +151,16 @@ class Pump:
     def _close_source(self) -> None:
         for held in _held(self._source):
             if callable(close := getattr(held, "close", None)) and not inspect.iscoroutinefunction(close):
-                close()
+                with contextlib.suppress(Exception):  # the answer is over, however its connection ends
+                    close()
 
     async def _aclose_source(self) -> None:
         for held in _held(self._source):
             if callable(close := getattr(held, "aclose", None) or getattr(held, "close", None)):
-                closed = close()
-                if inspect.isawaitable(closed):
-                    await closed
+                with contextlib.suppress(Exception):
+                    closed = close()
+                    if inspect.isawaitable(closed):
+                        await closed
 
     def sync_next(self) -> Any:
         return self._loop.run(self.next(next))

@@ -354,6 +354,14 @@ def a_forked_process_has_a_guard_of_its_own() -> Any:
 
 
 @scenario
+def the_tenant_chooses_the_policy() -> Any:
+    with installed("tenants", tenant="team-a"):
+        watched = outcome(lambda: text(completion(**at("good.tenant", HARM))))
+    with installed("tenants", tenant="team-b"):
+        return {"team-a": watched, "team-b": outcome(lambda: text(completion(**at("good.tenant", HARM))))}
+
+
+@scenario
 def a_tool_call_is_judged() -> Any:
     tool = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
     with installed():

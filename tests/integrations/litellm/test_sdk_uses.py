@@ -61,6 +61,9 @@ def uses(application: Application) -> Uses:
     configs = {name: application.config(policies={"default": policy}) for name, policy in POLICIES.items()}
     mortal = application.folder / "mortal.sock"
     asked_each_time = {"worker": {"socket": str(mortal), "manage": False}, "cache": {"verdicts": {"entries": 0}}}
+    tenants = {"header": "x-tenant", "match": [{"tenant": "team-a", "policy": "watched"}]}
+    watched = {"watched": {"input": {"on_harmful": "annotate"}}}
+    configs |= {"tenants": application.config(tenants=tenants, policies=watched)}
     configs |= {"mortal": application.config(**asked_each_time), "broken": application.config(nonsense=1)}
     with scripted_worker(mortal) as worker:
         given = {
@@ -232,6 +235,12 @@ def test_many_threads_and_tasks_share_one_guard(uses: Uses) -> None:
 
 def test_a_forked_process_has_a_guard_of_its_own(uses: Uses) -> None:
     assert raised(uses["a_forked_process_has_a_guard_of_its_own"], BLOCKED, 400)
+
+
+def test_the_tenant_chooses_the_policy(uses: Uses) -> None:
+    found = uses["the_tenant_chooses_the_policy"]
+    assert "oven" in found["team-a"]["value"]
+    assert raised(found["team-b"], BLOCKED, 400)
 
 
 def test_a_tool_call_is_judged(uses: Uses) -> None:
