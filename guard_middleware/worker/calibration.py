@@ -71,7 +71,7 @@ def read(folder: Path, revision: str) -> Calibration:
         return Calibration()
     try:
         stated = json.loads(data)
-        if stated["method"] != METHOD:
+        if stated["method"] != METHOD or not set(stated) <= {"method", "revision", *KINDS}:
             raise ValueError(stated["method"])
         found = {
             (kind, side): _temperature(stated[kind][side])

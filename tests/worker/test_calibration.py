@@ -77,7 +77,9 @@ def test_the_revision_of_a_verdict_changes_with_the_calibration(tmp_path: Path) 
         ({**STATED, "reason": {"request": {"temperature": True}}}, "not a calibration"),
         ({**STATED, "reason": {"request": {"rows": 9}}}, "not a calibration"),
         ({**STATED, "reason": [1]}, "not a calibration"),
-        ({"method": "temperature", "request": SIDE, "response": None}, "not a calibration"),
+        ({"method": "temperature", "revision": "r1", "request": SIDE}, "not a calibration"),
+        ({**STATED, "hybrid": {"request": SIDE}}, "not a calibration"),
+        ({"method": "temperature", "reason": {"request": SIDE}}, "not a calibration"),
         ({**STATED, "revision": "r0"}, "other weights"),
     ],
 )
