@@ -265,6 +265,9 @@ class Weights(Section):
     )
 
 
+_OWN_OPTIONS = {"--model", "--socket", "--port", "--host", "--allow-remote", "--threads", "--exit-with-parent"}
+
+
 class Worker(Section):
     model: str = Field(default="nano", min_length=1, description="nano, a folder, or a hub id")
     socket: str | None = Field(
@@ -281,6 +284,10 @@ class Worker(Section):
         description="true where a load balancer, such as Ray Serve, stands at the URL: each question is a request then",
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the worker, 1 to 256")
+    options: tuple[str, ...] = Field(
+        default=(),
+        description="a list of more options of `guard-gateway worker`, such as [--engine, vllm, --max-batch, '64']",
+    )
     weights: Weights | None = Field(
         default=None, description="a mapping, such as {directory: /srv/guard-weights}; left out, `model` alone serves"
     )
@@ -298,6 +305,13 @@ class Worker(Section):
             raise refuse("a worker at a URL is started elsewhere", "write manage: false, or use socket", "manage")
         if self.url is not None and self.threads is not None:
             raise refuse("`threads` has no effect on a worker that is started elsewhere", "remove it", "threads")
+        if self.options and not self.managed:
+            raise refuse("`options` have no effect on a worker that is started elsewhere", "remove them", "options")
+        for index, option in enumerate(self.options):
+            if option.partition("=")[0] in _OWN_OPTIONS:
+                raise refuse(
+                    f"`{option[:80]}` is the gateway's own", "leave it to the keys beside it", "options", index
+                )
         if self.balanced and self.url is None:
             raise refuse("`balanced` has no effect without a URL", "write url beside it, or remove it", "balanced")
         if self.weights is not None and not self.managed:
@@ -745,6 +759,8 @@ def _schema(loc: strictyaml.Path) -> tuple[type[BaseModel] | None, str]:
     section: type[BaseModel] | None = None
     description = ""
     for step in loc:
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
         if kind is Limits:
             kind = LimitsSection
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -180,7 +180,7 @@ class Runtime:
         return Follower(
             WeightsDirectory(section.directory, place.model),
             trials,
-            lambda model, socket: worker_command(model, socket, threads=place.threads),
+            lambda model, socket: worker_command(model, socket, threads=place.threads, options=place.options),
             on_entry=told,
             on_compared=compared,
         )

@@ -46,10 +46,12 @@ class Backoff:
     healthy: float = 60.0
 
 
-def worker_command(model: str, socket: str | Path, *, threads: int | None = None) -> list[str]:
+def worker_command(
+    model: str, socket: str | Path, *, threads: int | None = None, options: Sequence[str] = ()
+) -> list[str]:
     """The command of a worker that ends with the process that starts it."""
     command = [sys.executable, "-m", "guard_middleware.worker", "--model", model, "--socket", str(socket)]
-    return [*command, "--exit-with-parent", *(["--threads", str(threads)] if threads is not None else [])]
+    return [*command, "--exit-with-parent", *(["--threads", str(threads)] if threads is not None else []), *options]
 
 
 class WorkerProcess:

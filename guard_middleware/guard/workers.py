@@ -38,7 +38,7 @@ class Workers:
             address = self._address(name, section)
             self.clients[name] = BalancedGuardClient(address) if section.balanced else GuardClient(address)
             if section.managed:
-                argv = worker_command(section.model, address, threads=section.threads)
+                argv = worker_command(section.model, address, threads=section.threads, options=section.options)
                 self.processes[name] = WorkerProcess(argv, address, on_event=_log)
 
     async def start(self) -> None:

@@ -7,12 +7,12 @@ everything else is the product's: processes, sockets, state file, golden set, sh
 a fixed rate whatever becomes of the earlier ones, and are timed from the moment at which they were due. A quarter is
 streamed, a tenth harmful; each has two verdicts, one before and one after the upstream, which answers at once.
 
-Phases: ``before``; ``staging`` (the new worker is started and tried beside the old one); ``shadow``; ``promotion`` (from
-the order to two verdict times after it was carried out); ``after`` (the old worker ends); ``rollback`` (the old weights
-are loaded again and promoted); ``at the end``. ``longest added`` is the slowest benign request less the median of
-``before``; ``stall`` is how late this program's own clock was at most, which is the machine's doing and no gateway's:
-where it is not small, the run says little. ``unguarded`` counts requests that reached the upstream, or came back from
-it, without a verdict.
+Phases: ``before``; ``staging`` (the new worker is started and tried beside the old one); ``shadow``; ``promotion``
+(from the order to two verdict times after it was carried out); ``after`` (the old worker ends); ``rollback`` (the old
+weights are loaded again and promoted); ``at the end``. ``longest added`` is the slowest benign request less the median
+of ``before``; ``stall`` is how late this program's own clock was at most, which is the machine's doing and no
+gateway's: where it is not small, the run says little. ``unguarded`` counts requests that reached the upstream, or came
+back from it, without a verdict.
 
 Targets: in promotion and rollback 0 failed, 0 unguarded, longest added below 2 verdict times. Exits 1 where one is
 missed. Takes about 2 minutes.
