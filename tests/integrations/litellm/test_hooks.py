@@ -144,8 +144,6 @@ def test_the_guards_spans_are_below_litellms(scene: Stage) -> None:
     above = eventually(lambda: [span for span in scene.collector.spans if span.span_id == ours.parent_span_id])
     assert above[0].trace_id == ours.trace_id
     assert "guard_middleware.convention" not in str(above[0])
-    entries = [s for s in scene.collector.spans if s.trace_id == ours.trace_id and "litellm.guardrail.name" in str(s)]
-    assert entries != []
 
 
 def test_the_openai_sdk_raises_its_own_error_for_a_refusal(scene: Stage) -> None:
