@@ -184,6 +184,31 @@ class Filling:
         return sorted(following), (ends_word and length > 0) or not following
 
 
+@dataclass(slots=True)
+class Tentative:
+    """A filling whose choices somebody else writes down, or does not: it stays one choice ahead of ``written``.
+
+    ``written`` is their list, which grows by each choice that holds. A form that begins where some is written already
+    is filled in from that; a decision in it then scores 0 or 1.
+    """
+
+    filling: Filling
+    written: Sequence[int]
+    _taken: int = 0
+    _ahead: Filling | None = None
+
+    def choose(self, logits: Tensor) -> int | None:
+        """The next id, from what is written by now; None where the form is complete."""
+        if self._ahead is not None and len(self.written) == self._taken + 1:
+            self.filling, self._taken = self._ahead, self._taken + 1
+        while self._taken < len(self.written):
+            if not self.filling.complete:
+                self.filling.take(self.written[self._taken])
+            self._taken += 1
+        self._ahead = self.filling.copy()
+        return None if self._ahead.complete else self._ahead.choose(logits)
+
+
 def _decision(sides: tuple[tuple[int, ...], tuple[int, ...]], logits: Tensor | Mapping[int, float]) -> float:
     harmful, unharmful = (
         torch.tensor([float(logits[id]) for id in side], dtype=torch.float32).logsumexp(0) for side in sides

@@ -6,8 +6,7 @@ the form is complete; others pass untouched. The processor chooses the token its
 vLLM's sampler no other.
 
 A step may be computed and thrown away (the last chunk of a prompt but one), and a request may be taken out of the batch
-and put back (preemption). So a choice holds only once it stands among the request's output tokens, and a form is filled
-in anew from those where it was lost.
+and put back (preemption), so a choice is tentative until it stands among the request's output tokens.
 """
 
 from __future__ import annotations
@@ -24,28 +23,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from guard_middleware.guard.prompt import PromptEncoder
 from guard_middleware.worker import weights
-from guard_middleware.worker.form import Filling, Form
-
-
-@dataclass(slots=True)
-class _Row:
-    """``filling`` holds the first ``taken`` of ``written``; ``next`` is one choice ahead of it."""
-
-    filling: Filling
-    written: list[int]  # vLLM's own list, which grows
-    taken: int = 0
-    next: Filling | None = None
-
-    def choose(self, logits: torch.Tensor, end: int) -> int:
-        """The next token, from what has been written by now."""
-        if self.next is not None and len(self.written) == self.taken + 1:
-            self.filling, self.taken = self.next, self.taken + 1
-        while self.taken < len(self.written):
-            if not self.filling.complete:
-                self.filling.take(self.written[self.taken])
-            self.taken += 1
-        self.next = self.filling.copy()
-        return end if self.next.complete else self.next.choose(logits)
+from guard_middleware.worker.form import Form, Tentative
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +42,7 @@ class FormProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there
         self._form = Form(facts.form or {}, tokenizer)
         self._frame = slice(len(encoder.opening), -len(encoder.closing))
         self._end = encoder.im_end
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Tentative] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -72,15 +50,16 @@ class FormProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self._rows, batch_update, self._row)
 
-    def _row(self, params: SamplingParams, prompt: list[int] | None, written: list[int]) -> _Row | None:
+    def _row(self, params: SamplingParams, prompt: list[int] | None, written: list[int]) -> Tentative | None:
         stated = (params.extra_args or {}).get("guard_form")
         if stated is None:
             return None
-        return _Row(self._form.start((prompt or [])[self._frame], answered=stated[0]), written)
+        return Tentative(self._form.start((prompt or [])[self._frame], answered=stated[0]), written)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         for index, row in self._rows.items():
-            chosen = row.choose(logits[index], self._end)
+            chosen = row.choose(logits[index])
+            chosen = self._end if chosen is None else chosen
             kept = logits[index, chosen].item()
             logits[index] = float("-inf")
             logits[index, chosen] = kept

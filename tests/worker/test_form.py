@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from guard_middleware.errors import ConfigError
-from guard_middleware.worker.form import Form
+from guard_middleware.worker.form import Form, Tentative
 
 # "Ġ" is the byte-level spelling of a space; «» are two bytes each, spelled Â« and Â».
 PIECES = [
@@ -153,3 +153,28 @@ def changed(part: str, index: int, slot: Any) -> dict[str, Any]:
 def test_a_form_that_cannot_be_filled_in_is_refused(stated: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Form(stated, TOKENIZER)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "every other choice", "the filling, half way"])
+@settings(max_examples=40)
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=len(PIECES), max_size=len(PIECES)), min_size=20, max_size=20))
+def test_a_tentative_filling_writes_what_a_certain_one_does_whatever_is_lost(lost, scores):
+    wishes = [torch.tensor(row) for row in scores]
+    certain, expected = FORM.start(JUDGED, answered=True), []
+    while not certain.complete:
+        expected.append(certain.choose(wishes[len(expected)]))
+    written: list[int] = []
+    tentative = Tentative(FORM.start(JUDGED, answered=True), written)
+    while True:
+        if lost == "every other choice" and len(written) % 2:
+            tentative.choose(wishes[-1 - len(written)])
+        if lost == "the filling, half way" and len(written) == len(expected) // 2:
+            tentative = Tentative(FORM.start(JUDGED, answered=True), written)
+        chosen = tentative.choose(wishes[len(written)])
+        if chosen is None:
+            break
+        written.append(chosen)
+        assert len(written) < 40
+    assert written == expected
+    if lost != "the filling, half way":
+        assert tentative.filling.scores == certain.scores
