@@ -46,6 +46,9 @@ loaded or its engine is stuck. Logs are JSON lines on stderr and hold no content
 """
 
 
+_REMOTE = ("endpoint_model", "guard_format", "policy_text", "endpoint_revision", "ignore")
+
+
 def parser() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(
         prog="python -m guard_middleware.worker",
@@ -256,6 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse_args(argv)
     if (options.socket is None) == (options.port is None):
         cli.error("give either --socket PATH or --port N")
+    if options.endpoint is None and (stray := [name for name in _REMOTE if getattr(options, name)]):
+        cli.error(f"--{stray[0].replace('_', '-')} says nothing without --endpoint URL")
+    if options.endpoint is not None and options.model != cli.get_default("model"):
+        cli.error("give either --model or --endpoint: a worker has one guard")
     try:
         if options.socket is not None:
             listener = serve.unix_listener(options.socket)

@@ -88,7 +88,7 @@ class EndpointGuard:
             remedy = "--ignore names what the guard does not read"
             raise ConfigError(f"{form.name} reads {', '.join(sorted(unread))} and is told not to", remedy=remedy)
         self._format, self._options, self._logprobs = form, options, True
-        named = json.dumps([form.name, options.model, options.revision, policy])
+        named = json.dumps([form.name, options.model, options.revision, policy, sorted(options.ignore)])
         self._revision = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._turns = asyncio.Semaphore(options.concurrency)
         self._asked = self._running = 0
@@ -150,9 +150,8 @@ class EndpointGuard:
                 if error.kind is GuardErrorKind.TOO_LONG:
                     tokens = max(question.max_tokens for question in questions)
                     remedy = "serve it with a longer context, such as vLLM's --max-model-len 16384"
-                    raise ConfigError(
-                        f"the endpoint leaves no room for {tokens} tokens of output", remedy=remedy
-                    ) from None
+                    why = f"the endpoint leaves no room for {tokens} tokens of output"
+                    raise ConfigError(why, remedy=remedy) from None
                 if error.kind not in (GuardErrorKind.UNPARSEABLE, GuardErrorKind.TRUNCATED):
                     raise
                 logger.warning("the warm-up gave no verdict: %s", error)
@@ -226,10 +225,9 @@ class EndpointGuard:
         judged = []
         for finding in parsed.findings:
             probability = score(completion, finding.at, self._format.words)
-            certain = float(finding.label == "harmful")
-            judged.append(
-                Judged(finding.target, finding.label, certain if probability is None else probability, parsed)
-            )
+            if probability is None:
+                probability = float(finding.label == "harmful")
+            judged.append(Judged(finding.target, finding.label, probability, parsed))
         return judged, completion.usage
 
     def _verdict(self, request: ModerationRequest, judged: Sequence[Judged], usage: Usage) -> Verdict:

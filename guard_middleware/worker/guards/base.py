@@ -15,8 +15,8 @@ The rules of every format:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from guard_middleware.errors import GuardError, GuardErrorKind
@@ -174,27 +174,30 @@ def slots(
     transcript = render(conversation, drawn)
     blobs = conversation.blobs()
 
+    def shown(segment: Segment) -> str | Blob:
+        match segment:
+            case ImageSlot(index):
+                return blobs[index] if images else "[image]"
+            case Untrusted(text):
+                return harmless(text)
+            case _:
+                return segment.text
+
     def content(segments: Sequence[Segment]) -> Content:
-        parts: list[str | Blob] = []
-        for segment in segments:
-            match segment:
-                case ImageSlot(index) if images:
-                    parts.append(blobs[index])
-                    continue
-                case ImageSlot():
-                    text = "[image]"
-                case Untrusted(text):
-                    text = harmless(text)
-                case _:
-                    text = segment.text
-            if parts and isinstance(parts[-1], str):
-                parts[-1] += text
-            else:
-                parts.append(text)
-        shown = tuple(part for part in parts if isinstance(part, Blob) or part.strip())
-        return shown or ("[empty]",)
+        return joined(map(shown, segments)) or ("[empty]",)
 
     return content(transcript.prompt), None if transcript.answer is None else content(transcript.answer)
+
+
+def joined(parts: Iterable[str | Blob]) -> Content:
+    """Neighbouring texts as one; those that show nothing are left out."""
+    together: list[str | Blob] = []
+    for part in parts:
+        if isinstance(part, str) and together and isinstance(together[-1], str):
+            together[-1] += part
+        else:
+            together.append(part)
+    return tuple(part for part in together if isinstance(part, Blob) or part.strip())
 
 
 def one_by_one(request: Content, answer: Content | None, question: Question) -> tuple[Question, ...]:
@@ -203,14 +206,11 @@ def one_by_one(request: Content, answer: Content | None, question: Question) -> 
     ``question`` is the pattern of both; its turns stand before theirs.
     """
     user = Turn("user", request)
-    asked = [_with(question, "request", user)]
+    asked = [replace(question, targets=("request",), turns=(*question.turns, user))]
     if answer is not None:
-        asked.append(_with(question, "response", user, Turn("assistant", answer)))
+        turns = (*question.turns, user, Turn("assistant", answer))
+        asked.append(replace(question, targets=("response",), turns=turns))
     return tuple(asked)
-
-
-def _with(question: Question, target: Target, *turns: Turn) -> Question:
-    return Question((target,), (*question.turns, *turns), question.max_tokens, question.template, question.may_be_cut)
 
 
 def unparseable(why: str) -> GuardError:

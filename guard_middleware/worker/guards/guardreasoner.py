@@ -21,7 +21,6 @@ from guard_middleware.guard.parse import END_THINK, RESULT, THINK, parse
 from guard_middleware.guard.prompt import ASSISTANT, END, HUMAN, NO_ANSWER, SYSTEM
 from guard_middleware.types import Conversation
 from guard_middleware.worker.guards.base import (
-    Content,
     Finding,
     Modality,
     Neutraliser,
@@ -31,6 +30,7 @@ from guard_middleware.worker.guards.base import (
     Target,
     Turn,
     Words,
+    joined,
     slots,
 )
 
@@ -58,7 +58,7 @@ class GuardReasonerVL:
         if not think:
             raise GuardError(GuardErrorKind.UNSUPPORTED, "an endpoint cannot make this guard judge without thinking")
         request, answer = slots(conversation, _HARMLESS, drawn)
-        turn = _joined(HUMAN, request, ASSISTANT, (NO_ANSWER,) if answer is None else answer, END)
+        turn = joined([HUMAN, *request, ASSISTANT, *((NO_ANSWER,) if answer is None else answer), END])
         targets: tuple[Target, ...] = ("request",) if answer is None else ("request", "response")
         return (Question(targets, (Turn("system", (SYSTEM,)), Turn("user", turn)), max_tokens=2048),)
 
@@ -77,14 +77,3 @@ class GuardReasonerVL:
         if read.response is not None:
             findings.append(Finding("response", read.response, at("response")))
         return Parsed(tuple(findings), reasoning=read.reasoning)
-
-
-def _joined(*pieces: str | Content) -> Content:
-    parts: list[object] = []
-    for piece in pieces:
-        for part in (piece,) if isinstance(piece, str) else piece:
-            if isinstance(part, str) and parts and isinstance(parts[-1], str):
-                parts[-1] += part
-            else:
-                parts.append(part)
-    return tuple(parts)  # type: ignore[arg-type] # strings and blobs, as they came
