@@ -49,7 +49,7 @@ def routes() -> list[list[str]]:
 
 async def serve(port: str) -> None:
     application = app("--middleware", "guard_integrations.vllm.VLLMGuard")
-    application.state.log_stats = False
+    application.state.log_stats, application.state.engine_client = False, None
     shutdown = await serve_http(application, sock=None, host="127.0.0.1", port=int(port), log_level="info")
     await shutdown
 
