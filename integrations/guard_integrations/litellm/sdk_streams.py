@@ -105,10 +105,9 @@ class Pump:
             return UpstreamError(UpstreamErrorKind.RESET, "the stream failed")
         if item is Turn.END:
             self._read_out = True
-            return sse.encode(_DONE) if self._route in (wire.CHAT, wire.COMPLETIONS) else Turn.END
-        self._stream._first = self._stream._first or item
+            return b"".join(self._stream.endings()) if self._route in (wire.CHAT, wire.COMPLETIONS) else Turn.END
         try:
-            return self._stream._bytes(item)
+            return self._stream.encode(item)
         except UpstreamError as error:
             return error
 
@@ -119,7 +118,7 @@ class Pump:
             value = orjson.loads(event.data)
             if (error := sdk_errors.in_stream(value, self._model)) is not None:
                 raise error
-            yield sse.encode(event.data, event.event) if self._route is wire.MESSAGES else self._stream._object(value)
+            yield sse.encode(event.data, event.event) if self._route is wire.MESSAGES else self._stream.build(value)
 
     def _raised(self, error: Exception) -> Exception:
         """The error for the caller: LiteLLM's own where that is why the guard has nothing to release."""

@@ -40,14 +40,13 @@ class Stream:
         self._route, self._response = route, response
         self._first: Any = None
         self._open: dict[int, bool] = {}
+        self._made = False
 
     async def incoming(self) -> AsyncIterator[bytes]:
         """LiteLLM's objects as bytes."""
         try:
             async for item in self._response:
-                if self._first is None:
-                    self._first = item
-                yield self._bytes(item)
+                yield self.encode(item)
         except UpstreamError:
             raise
         except Exception as error:
@@ -58,7 +57,7 @@ class Stream:
             if close is not None:
                 await close()
         if self._route in (wire.CHAT, wire.COMPLETIONS):
-            for piece in self._endings():
+            for piece in self.endings():
                 yield piece
 
     async def outgoing(self, released: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -75,9 +74,9 @@ class Stream:
                 value = orjson.loads(event.data)
                 if (error := _error(value)) is not None:
                     raise StreamFailed(error)
-                yield self._object(value)
+                yield self.build(value)
 
-    def _endings(self) -> Iterator[bytes]:
+    def endings(self) -> Iterator[bytes]:
         """What LiteLLM leaves out: of several choices it ends one, and it never says ``[DONE]``."""
         if not all(self._open.values()):
             for index in (index for index, still_open in self._open.items() if still_open):
@@ -88,7 +87,10 @@ class Stream:
     def _head(self) -> dict[str, Any]:
         return {name: value for name, value in wire.answer_value(self._first).items() if name in _HEAD}
 
-    def _bytes(self, item: Any) -> bytes:
+    def encode(self, item: Any) -> bytes:
+        """One of LiteLLM's objects as events; raises ``UpstreamError``."""
+        if self._first is None:
+            self._first = item
         if isinstance(item, bytes):
             return item
         if isinstance(item, str):
@@ -101,9 +103,10 @@ class Stream:
                 index = choice.get("index", 0)
                 self._open[index] = self._open.get(index, True) and not choice.get("finish_reason")
             return sse.encode(wire.answer_bytes(value))
-        return sse.encode(wire.answer_bytes(_begun(value)), str(value.get("type", "")))
+        return sse.encode(wire.answer_bytes(self._begun(value)), str(value.get("type", "")))
 
-    def _object(self, value: dict[str, Any]) -> Any:
+    def build(self, value: dict[str, Any]) -> Any:
+        """LiteLLM's object that says what one released event says."""
         if self._route is wire.RESPONSES:
             return _event(value)
         if "moderation" in value:
@@ -120,18 +123,9 @@ def _ended(index: int, route: wire.Route) -> dict[str, Any]:
     return {"index": index, "finish_reason": "stop", **said}
 
 
-def _begun(event: dict[str, Any]) -> dict[str, Any]:
-    """An event of a stream that LiteLLM made from a whole answer: what it says before its deltas is left to them."""
-    kind = event.get("type")
-    if kind == "response.output_item.added" and event["item"].get("status") == "completed":
-        empty: dict[str, Any] = {"content": [], "summary": [], "arguments": "", "status": "in_progress"}
-        item = event["item"]
-        return {**event, "item": {**item, **{name: value for name, value in empty.items() if name in item}}}
-    if kind == "response.content_part.added":
-        blank: dict[str, Any] = {"text": "", "refusal": "", "annotations": []}
-        part = event["part"]
-        return {**event, "part": {**part, **{name: value for name, value in blank.items() if name in part}}}
-    return event
+def _with(value: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+    """``value`` with those of its fields emptied."""
+    return {**value, **{name: blank for name, blank in empty.items() if name in value}}
 
 
 def _event(value: dict[str, Any]) -> Any:
