@@ -72,7 +72,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One label, and where in ``Output.text`` its word begins (the score is read there)."""
+    """One label, and where in ``Output.text`` its word begins: the score is read there, or nowhere at -1."""
 
     target: Target
     label: Label

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,6 +211,23 @@ def test_a_verdict_that_is_quoted_inside_another_never_turns_it_round(row, quote
     except GuardError:
         return
     assert [one.label for one in parsed.findings if one.target == target] == [label]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("safe" + "\n " * 50_000 + "x", "unsafe\nS1" + ",S1" * 50_000 + "x", "unsafe\n" + "<answer>" * 50_000),
+        *("Safety: Safe\nCategories: " + " " * 100_000 + "\n" * 100_000, '{"violation"' + " " * 200_000),
+        *("<BEGIN" + " " * 100_000, "<" + "\\" * 100_000, "\n \\" * 50_000),
+    ],
+)
+def test_long_hostile_texts_are_done_with_quickly(text):
+    began = time.process_time()
+    for name, form in FORMATS.items():
+        with contextlib.suppress(GuardError):
+            form.parse(Output(text), question(name, "request"))
+        form.prompt(Conversation((Message("user", (Text(text),)),)))
+    assert time.process_time() - began < 20.0  # a regular expression that backtracks takes hours
 
 
 # -- prompts --
