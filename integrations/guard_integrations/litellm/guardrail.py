@@ -74,7 +74,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         super().__init_subclass__(**kwargs)
 
     def __init__(self, guardrail_name: str = "guard", event_hook: Any = None, **kwargs: Any) -> None:
-        self.settings = settings.Settings.of(event_hook or "pre_call", kwargs)
+        self.settings = settings.Settings.of(event_hook or ["pre_call", "post_call"], kwargs)
         self.runtime = settings.runtime(self.settings.config)
         self.report = report.Report(self, self.settings.config)
         #: how often LiteLLM called the first hook
@@ -145,7 +145,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
             released = await turn.whole(wire.answer_bytes(value))
         except Refused as answer:
             raise self._refusal(turn, answer, data) from None
-        self.report.add(turn.record, data)
+        self.report.add(turn, data)
         try:
             return response if released == value else wire.rebuild(response, released)
         except ValueError as error:
@@ -170,7 +170,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
             raise failed(self, error) from None
         finally:
             await turn.close()
-            self.report.add(turn.record, request_data)
+            self.report.add(turn, request_data)
 
     async def async_post_call_failure_hook(
         self,
@@ -191,7 +191,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         else:
             status = getattr(original_exception, "status_code", None)
             answer = await turn.upstream_failed(status if isinstance(status, int) else 502)
-        self.report.add(turn.record, request_data)
+        self.report.add(turn, request_data)
         return None if answer is None else as_http(refused(self, turn, answer, request_data))
 
     async def async_post_call_response_headers_hook(
@@ -249,7 +249,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         return None if route is None else await self._begin(route, user_api_key_dict, dict(data))
 
     def _refusal(self, turn: Turn, answer: Refused, data: dict[str, Any]) -> Exception:
-        self.report.add(turn.record, data)
+        self.report.add(turn, data)
         if answer.status == 200:  # LiteLLM makes an answer of our words, and shows it to the hooks
             _current.set(_UNREAD)
         return refused(self, turn, answer, data)

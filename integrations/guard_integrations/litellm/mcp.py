@@ -77,6 +77,6 @@ async def _judge(guardrail: Any, messages: list[dict[str, Any]], data: dict[str,
         await turn.begin()
         await turn.whole(orjson.dumps(_NOTHING))
     except Refused as answer:
-        guardrail.report.add(turn.record, data)
+        guardrail.report.add(turn, data)
         raise as_http(refused(guardrail, turn, answer, data)) from None
-    guardrail.report.add(turn.record, data)
+    guardrail.report.add(turn, data)

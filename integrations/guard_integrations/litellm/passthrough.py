@@ -46,7 +46,7 @@ async def guard_answer(guardrail: Any, turn: Turn, response: httpx.Response, dat
         response.stream = _Released(guardrail, turn, released, response.stream, data)
         response.headers.pop("content-encoding", None)
     except Refused as answer:
-        guardrail.report.add(turn.record, data)
+        guardrail.report.add(turn, data)
         response.headers = _Raising(refused(guardrail, turn, answer, data))  # type: ignore[assignment]
     except Exception as error:
         response.headers = _Raising(error)  # type: ignore[assignment]
@@ -62,7 +62,7 @@ class _Released(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._turn.close()
-        self._guardrail.report.add(self._turn.record, self._data)
+        self._guardrail.report.add(self._turn, self._data)
         await self._upstream.aclose()
 
 

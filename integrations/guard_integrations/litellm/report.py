@@ -10,6 +10,7 @@ from typing import Any
 
 from litellm.types.guardrails import GuardrailEventHooks
 
+from guard_integrations.litellm.turn import Turn
 from guard_middleware.config import Config
 from guard_middleware.evidence import Redactor
 from guard_middleware.types import Action, Basis, GuardCall, Record
@@ -40,15 +41,16 @@ class Report:
         self._reasoning = config.audit.include_reasoning
         self._redact = Redactor([(rule.pattern, rule.replacement) for rule in config.audit.redact])
 
-    def add(self, record: Record | None, data: dict[str, Any]) -> None:
-        """Never raises: a log that is lost changes no outcome."""
-        if record is None:
+    def add(self, turn: Turn, data: dict[str, Any]) -> None:
+        """Once for each turn. Never raises: a log that is lost changes no outcome."""
+        record = turn.record
+        if record is None or turn.reported:
             return
+        turn.reported = True
         try:
             if not record.calls:
-                self._entry(
-                    data, _refusal(record), _status(record.outcome, None), GuardrailEventHooks.pre_call, 0.0, {}
-                )
+                status = _status(record.outcome, None)
+                self._entry(data, _refusal(record), status, GuardrailEventHooks.pre_call, 0.0, {})
             for call in record.calls:
                 self._decision(record, call, data)
         except Exception:

@@ -105,6 +105,20 @@ class Stream:
             return sse.encode(wire.answer_bytes(value))
         return sse.encode(wire.answer_bytes(self._begun(value)), str(value.get("type", "")))
 
+    def _begun(self, event: dict[str, Any]) -> dict[str, Any]:
+        """An event as it was when it came: LiteLLM makes streams of whole answers, whose items open with all they say.
+
+        That is left to their deltas, and the guard holds the end against it.
+        """
+        kind = event.get("type")
+        if kind == "response.output_item.added" and event["item"].get("status") == "completed":
+            self._made = True
+            empty = {"content": [], "summary": [], "arguments": "", "status": "in_progress"}
+            return {**event, "item": _with(event["item"], empty)}
+        if kind == "response.content_part.added" and self._made:
+            return {**event, "part": _with(event["part"], {"text": "", "refusal": "", "annotations": []})}
+        return event
+
     def build(self, value: dict[str, Any]) -> Any:
         """LiteLLM's object that says what one released event says."""
         if self._route is wire.RESPONSES:

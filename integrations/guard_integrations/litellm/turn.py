@@ -29,19 +29,19 @@ _records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar("
 _closing: set[asyncio.Task[None]] = set()
 
 
-class Records(AuditLog):
+class Records:
     """The runtime's decision log, which also tells the turn that a record belongs to."""
 
     def __init__(self, log: AuditLog) -> None:
         self._log = log
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
     def write(self, record: Record, *, trace_id: str | None = None) -> None:
         if (found := _records.get()) is not None:
             found.append(record)
         self._log.write(record, trace_id=trace_id)
-
-    async def aclose(self) -> None:
-        await self._log.aclose()
 
 
 class Refused(Exception):
@@ -71,7 +71,7 @@ class Turn:
 
     def __init__(self, runtime: Runtime, route: Route, body: dict[str, Any], caller: Caller) -> None:
         if not isinstance(runtime.audit, Records):
-            runtime.audit = Records(runtime.audit)
+            runtime.audit = Records(runtime.audit)  # type: ignore[assignment]
         self.route, self.body = route, body
         self.headers: Headers = ()
         #: whether LiteLLM relays the answer itself, its errors included
@@ -80,6 +80,8 @@ class Turn:
         self.deployed = False
         #: whether an answer was given, so that no second one can come
         self.answered = False
+        #: whether LiteLLM's log has its entries
+        self.reported = False
         self._found: list[Record] = []
         headers = (*JSON, (b"authorization", b"Bearer " + caller.key.encode())) if caller.key else JSON
         self._span = caller.span
