@@ -139,7 +139,7 @@ def _list(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
     if not followed:
         console.print("no gateway follows this directory", style="dim")
     for entry in found.history[-8:]:
-        why = f": {entry.why}" if entry.why else ""
+        why = f": {entry.why.splitlines()[0]}" if entry.why else ""
         console.print(f"{entry.at[:19]}  {entry.by}  {entry.what}  {entry.revision}{why}", markup=False,
                       highlight=False, style="dim")  # fmt: skip
     return 0

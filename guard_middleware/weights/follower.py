@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
+from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind, GuardMiddlewareError
 from guard_middleware.types import Judging, Verdict
 from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
@@ -84,7 +84,9 @@ class Follower:
         self._gone: dict[Seat, int | None] = {}
         self._trial: _Trial | None = None
         self._identities: dict[Seat, tuple[str, str]] = {}
-        self._seats = 0
+        self._seats: set[Seat] = set()
+        self._sockets_made = 0
+        self._unwritten: str | None = None
         self._stamp: object = None
         self._told = 0
         self._warm_until = self._counted = 0.0
@@ -140,10 +142,7 @@ class Follower:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await self.switch.aclose()
-        seats = {self.switch.active, self.switch.warm, self._trial.seat if self._trial else None} | set(
-            self._identities
-        )
-        await asyncio.gather(*(seat.stop() for seat in seats if seat is not None))
+        await asyncio.gather(*(self._stop(seat) for seat in tuple(self._seats)))
         self._held.close()
 
     # -- one step after another
@@ -158,13 +157,20 @@ class Follower:
                 await self._step()
             except Refused as refusal:  # the operator was quicker
                 logger.info("weights: %s", refusal)
-            except (ConfigError, OSError) as error:
-                logger.error("weights: %s", error)
+            except Exception as error:  # whatever it is, what serves goes on serving, and the next step is due
+                logger.error("weights: %s: %s", type(error).__name__, error, exc_info=not _known(error))
                 await asyncio.sleep(_PAUSE)
 
     async def _step(self) -> None:
         loop, switch = asyncio.get_running_loop(), self.switch
         await self._look_after_the_gone()
+        if self._unwritten is not None:
+            why, self._unwritten = self._unwritten, None
+            try:
+                await self._update(partial(state.reverted, why=why, at=now()))
+            except OSError:  # a full disk; it is tried again, so that the next start is not on weights that died
+                self._unwritten = why
+                raise
         if switch.warm is not None and loop.time() >= self._warm_until:
             self._retire_warm()
         stamp = await asyncio.to_thread(self._directory.stamp)
@@ -185,7 +191,7 @@ class Follower:
             self._trial = trial = _Trial(staged.id, asyncio.create_task(self._try(found), name="guard-staging"))
         if found.order is not None and staged.phase == "ready" and trial is not None and trial.seat is not None:
             await self._carry_out(found, trial.seat)
-        elif switch.shadow != staged.shadow and loop.time() - self._counted > _COUNT_SECONDS:
+        elif trial is not None and switch.shadow != staged.shadow and loop.time() - self._counted > _COUNT_SECONDS:
             self._counted = loop.time()
             await self._update(partial(state.shadowed, id=staged.id, shadow=switch.shadow))
 
@@ -196,13 +202,12 @@ class Follower:
         for seat, code in gone.items():
             why = f"its worker exited with {code}"
             if seat is switch.active and switch.warm is not None:
-                self._identities.pop(seat, None)
                 serves, switch.warm = switch.warm, None
                 switch.active = serves
-                self._end(seat.stop())
+                self._end(self._stop(seat))
                 self.on_serving(*self._identities[serves])
                 logger.error("weights: %s: %s; %s serves again", seat.revision.says(), why, serves.revision.says())
-                await self._update(partial(state.reverted, why=why, at=now()))
+                self._unwritten = why
             elif seat is switch.warm:
                 self._retire_warm()
             elif self._trial is not None and seat is self._trial.seat:
@@ -232,9 +237,9 @@ class Follower:
                 tried = await golden.run(seat, self._trials.cases, self._trials.judgings)
                 self.switch.try_out(seat)
             await self._update(partial(state.ready, id=staged.id, revision=identity[1], golden=tried, at=now()))
-        except (GuardError, ConfigError, Refused, manifest.ManifestError, OSError) as error:
-            why = error.message if isinstance(error, GuardError) else str(error)
-            logger.error("weights: %s could not be staged: %s", staged.revision.says(), why)
+        except Exception as error:
+            why = error.message if isinstance(error, GuardError) else str(error) or type(error).__name__
+            logger.error("weights: %s could not be staged: %s", staged.revision.says(), why, exc_info=not _known(error))
             with contextlib.suppress(Refused):  # it is not staged any more
                 await self._update(partial(state.failed, id=staged.id, why=why, at=now()))
         self._woken.set()
@@ -263,8 +268,7 @@ class Follower:
         trial.task.cancel()
         await asyncio.gather(trial.task, return_exceptions=True)
         if trial.seat is not None:
-            self._identities.pop(trial.seat, None)
-            await trial.seat.stop()
+            await self._stop(trial.seat)
 
     # -- promotion
 
@@ -295,9 +299,16 @@ class Follower:
     # -- seats
 
     def _seat(self, revision: Revision) -> Seat:
-        self._seats += 1
-        socket = self._sockets / f"{self._seats}.sock"
-        return Seat(revision, self.command(revision.model, str(socket)), socket, self._exited)
+        self._sockets_made += 1
+        socket = self._sockets / f"{self._sockets_made}.sock"
+        seat = Seat(revision, self.command(revision.model, str(socket)), socket, self._exited)
+        self._seats.add(seat)
+        return seat
+
+    async def _stop(self, seat: Seat) -> None:
+        self._identities.pop(seat, None)
+        await seat.stop()
+        self._seats.discard(seat)
 
     def _exited(self, seat: Seat, code: int | None) -> None:
         self._gone[seat] = code
@@ -314,8 +325,12 @@ class Follower:
     def _retire_warm(self) -> None:
         seat, self.switch.warm = self.switch.warm, None
         if seat is not None:
-            self._identities.pop(seat, None)
-            self._end(seat.retire())
+            self._end(self._retire(seat))
+
+    async def _retire(self, seat: Seat) -> None:
+        """Ends it when it has answered what it has."""
+        await seat.idle()
+        await self._stop(seat)
 
     def _end(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -336,6 +351,11 @@ class Follower:
             if entry.number > self._told:
                 self._on_entry(entry)
         self._told = max(self._told, found.number)
+
+
+def _known(error: Exception) -> bool:
+    """Whether its message is all that there is to say, and no defect of ours."""
+    return isinstance(error, GuardMiddlewareError | OSError)
 
 
 async def _mismatch(revision: Revision) -> str | None:

@@ -71,10 +71,9 @@ class Seat:
             if not self._open:
                 self._idle.set()
 
-    async def retire(self) -> None:
-        """Waits for the questions that it still has, each of which has its deadline, and ends it."""
+    async def idle(self) -> None:
+        """Returns when it has no question any more; each has its deadline."""
         await self._idle.wait()
-        await self.stop()
 
     async def stop(self) -> None:
         """Ends it now."""

@@ -6,8 +6,8 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.types import Conversation, Judging, Message, Text, Verdict
+from guard_middleware.weights import follower as follower_module
 from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.follower import Follower, Trials
@@ -443,3 +444,57 @@ def test_a_slow_or_stopped_staged_worker_delays_no_answer(tmp_path: Path) -> Non
             os.kill(pid(bench, "staged"), signal.SIGCONT)
 
     run(main())
+
+
+# -- a disk that is full
+
+
+def test_a_full_disk_keeps_the_old_weights_and_the_order_until_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "_PAUSE", 0.1)
+
+    async def main() -> None:
+        async with running(tmp_path) as bench:
+            revision(bench.folder, "new")
+            bench.stage("new")
+            await bench.phase("ready")
+            bench.order(state.promote)
+            with full_disk(monkeypatch):
+                await asyncio.sleep(1.5)
+                assert await bench.revision() == "r-old"
+            await bench.until(lambda s: s.active.name == "new")
+
+    run(main())
+
+
+def test_on_a_full_disk_the_old_worker_takes_over_all_the_same_and_it_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower_module, "_PAUSE", 0.1)
+
+    async def main() -> None:
+        async with running(tmp_path) as bench:
+            revision(bench.folder, "new")
+            await bench.promoted("new")
+            with full_disk(monkeypatch):
+                os.kill(pid(bench, "active"), signal.SIGKILL)
+                async with asyncio.timeout(10):
+                    while bench.serving[-1] != "r-old":
+                        await asyncio.sleep(0.02)
+                assert await bench.revision() == "r-old"
+                assert bench.directory.read().active.name == "new"
+            found = await bench.until(lambda s: s.active.name == "old")
+            assert found.history[-1].what == "reverted"
+
+    run(main())
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def full(self: WeightsDirectory, value: State) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightsDirectory, "_write", full)
+        yield
