@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.integrations.litellm import stage
-from tests.integrations.litellm.requests import ENDPOINTS, NICE
+from tests.integrations.litellm.bodies import ENDPOINTS, NICE
 from tests.integrations.litellm.stage import HARM, KEY, Proxy, Upstream
 from tests.support.gateway import scripted_worker
 

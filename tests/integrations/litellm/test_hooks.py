@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.integrations.litellm.conftest import Stage
-from tests.integrations.litellm.requests import ENDPOINTS, NICE
+from tests.integrations.litellm.bodies import ENDPOINTS, NICE
 from tests.integrations.litellm.stage import HARM, KEY, LEAK
 from tests.support.gateway import eventually
 

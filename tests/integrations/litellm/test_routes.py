@@ -10,7 +10,7 @@ import websockets.exceptions
 from websockets.sync.client import connect
 
 from tests.integrations.litellm.conftest import Stage
-from tests.integrations.litellm.requests import ENDPOINTS, NICE
+from tests.integrations.litellm.bodies import ENDPOINTS, NICE
 from tests.integrations.litellm.stage import GOOD, HARM, KEY, LEAK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
