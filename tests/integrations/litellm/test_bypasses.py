@@ -16,8 +16,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.bodies import ENDPOINTS, NICE, picture
+from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import GOOD, HARM, KEY, LEAK, REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

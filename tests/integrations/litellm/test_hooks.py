@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.bodies import ENDPOINTS, NICE
+from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import HARM, KEY, LEAK
 from tests.support.gateway import eventually
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.bodies import ENDPOINTS, HARMFUL, NICE, picture
+from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import GOOD, LEAK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

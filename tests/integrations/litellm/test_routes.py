@@ -9,8 +9,8 @@ import pytest
 import websockets.exceptions
 from websockets.sync.client import connect
 
-from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.bodies import ENDPOINTS, NICE
+from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import GOOD, HARM, KEY, LEAK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.integrations.litellm import stage
-from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.bodies import ENDPOINTS, NICE
+from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import HARM, LEAK, Proxy, Upstream, guardrail
 from tests.support.gateway import Process, eventually
 
