@@ -121,6 +121,7 @@ def test_what_changes_lead_to(
         ((*SERVES_NEW, roll_back), roll_back, "wait for it"),
         ((stage, ready), promoted, "no order"),
         ((stage, ready, promote), partial(promoted, unchecked=True), "checksums"),
+        ((stage, ready, promote, broken), promoted, "golden set"),
         ((), declined, "no order"),
         ((), reverted, "no previous"),
         ((stage,), partial(state.loading, id=99), "by now"),
