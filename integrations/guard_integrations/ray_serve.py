@@ -96,7 +96,7 @@ class Replica:
         self._settled.set()
 
 
-#: The numbers are a start, to be set anew under ``deployments`` in Serve's configuration. ``max_ongoing_requests`` keeps
+#: The numbers are a start; set them under ``deployments`` in Serve's configuration. ``max_ongoing_requests`` keeps
 #: a replica's batches full, and its queue a few verdicts long; what is beyond ``max_queued_requests`` at one proxy is
 #: refused there, which a gateway hears as ``unavailable``.
 _DEPLOYMENT = serve.deployment(

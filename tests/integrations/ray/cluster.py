@@ -18,8 +18,16 @@ from tests.integrations.ray import environment
 from tests.support.gateway import eventually
 
 EXAMPLE = environment.ROOT / "integrations" / "examples" / "ray_serve"
-#: seconds for each of the cluster and its deployment; they take 10 on an idle machine
-START = 150.0
+#: seconds; 20 on an idle machine
+START = 240.0
+#: ``serve run`` starts a cluster where there is none: here a small one, on loopback and without a dashboard
+_SERVE_RUN = """
+import sys, ray
+from ray.serve.scripts import cli
+small = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000, "log_to_driver": False}
+ray.init(address="local", namespace="serve", _node_ip_address="127.0.0.1", **small)
+cli(["run", sys.argv[1]])
+"""
 
 
 class Cluster:
@@ -27,11 +35,10 @@ class Cluster:
 
     def __init__(self, folder: Path, deployment: dict[str, Any], **changes: Any) -> None:
         port = free_port()
-        self._processes: list[subprocess.Popen[bytes]] = []
         self.url = f"http://127.0.0.1:{port}"
         self.folder, self.pids = folder, folder / "pids"
         self.pids.mkdir()
-        self._config = folder / "serve.yaml"
+        self._config, self._log = folder / "serve.yaml", folder / "serve.log"
         config = yaml.safe_load((EXAMPLE / "serve.yaml").read_text())
         config["http_options"]["port"] = port
         (app,) = config["applications"]
@@ -40,22 +47,25 @@ class Cluster:
         self._config.write_text(yaml.safe_dump(config))
 
     def __enter__(self) -> Self:
-        serve = environment.serve()
+        python = environment.serve()[0].replace("/bin/serve", "/bin/python")
         self._temporary = tempfile.TemporaryDirectory(
             prefix="ray-", ignore_cleanup_errors=True
         )  # sockets need it short
-        self._settings = environment.variables(
+        settings = environment.variables(
             secrets.token_hex(32), RAY_TEST_PIDS=str(self.pids), RAY_TMPDIR=self._temporary.name
         )
-        port = free_port()
-        head = ["start", "--head", "--block", "--include-dashboard=false", "--num-cpus=1", f"--port={port}"]
-        head += ["--node-ip-address=127.0.0.1", "--object-store-memory=80000000"]
+        with self._log.open("wb") as log:
+            self._popen = subprocess.Popen(
+                [python, "-c", _SERVE_RUN, str(self._config)],
+                env=settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
-            ray = self._start("ray", [str(Path(serve[0]).with_name("ray")), *head])
-            eventually(lambda: _listens(port) or ray.poll() is not None, seconds=START)
-            served = self._start("serve", [*serve, "run", f"--address=127.0.0.1:{port}", str(self._config)])
-            eventually(lambda: self._up() or served.poll() is not None, seconds=START)
-            assert self._up(), self._log("ray") + self._log("serve")
+            eventually(lambda: self._up() or self._popen.poll() is not None, seconds=START)
+            assert self._up(), self._log.read_text()[-3000:]
         except BaseException:
             self._stop()
             raise
@@ -75,26 +85,13 @@ class Cluster:
         except httpx.HTTPError:
             return False
 
-    def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, env=self._settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        self._processes.append(process)
-        return process
-
-    def _log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()[-3000:]
-
     def _stop(self) -> None:
-        """Ends what was started, the newest first; Ray's own processes end with the one that started them."""
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGINT if process is not self._processes[0] else signal.SIGTERM)
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        self._popen.send_signal(signal.SIGINT)
+        try:
+            self._popen.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._popen.pid, signal.SIGKILL)  # Ray's own processes end with their driver
+            self._popen.wait()
         self._temporary.cleanup()
 
 
@@ -102,11 +99,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _lives(pid: int) -> bool:

@@ -55,5 +55,10 @@ def variables(token: str, **more: str) -> Mapping[str, str]:
         "RAY_AUTH_TOKEN": token,
         # other work on the machine must not make Ray kill replicas; the tests do that
         "RAY_memory_monitor_refresh_ms": "0",
+        # nor may Ray and Serve take their own processes for dead because it is slow
+        "RAY_raylet_start_wait_time_s": "150",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "90",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "90",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         **more,
     }
