@@ -1,8 +1,9 @@
 """Ends vLLM's processes when the worker dies, however it dies.
 
 A killed worker would leave vLLM's engine process behind, and with it the GPU's memory, so that no other worker could
-start. vLLM imports this module into each of its model processes, as the extension of their worker class; from there on
-a thread waits for the death of the process that ``GUARD_MIDDLEWARE_WORKER_PID`` names. Nothing else may import it.
+start (vllm-project/vllm#55510). vLLM imports this module into each of its model processes, as the extension of their
+worker class; from there on a thread waits for the death of the process that ``GUARD_MIDDLEWARE_WORKER_PID`` names.
+Nothing else may import it.
 """
 
 from __future__ import annotations
