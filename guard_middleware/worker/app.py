@@ -70,7 +70,7 @@ class Guard(Protocol):
         ...
 
     def stalled(self) -> float:
-        """Seconds for which the engine has been busy with work that nobody waits for; 0 in health."""
+        """Seconds for which the engine has been busy with work that nobody waits for; 0 in health, infinite if dead."""
         ...
 
     async def aclose(self) -> None: ...
@@ -132,7 +132,8 @@ class Worker:
         self._on_ready(self._guard)
         while self._guard.stalled() < self._stall_seconds:  # noqa: ASYNC110 - a thread that hangs sets no event
             await asyncio.sleep(_WATCH_SECONDS)
-        self._fail(f"the engine has been stuck for {self._stall_seconds:g} s")
+        stuck = math.isfinite(self._guard.stalled())
+        self._fail(f"the engine has been stuck for {self._stall_seconds:g} s" if stuck else "the engine has died")
 
     def _fail(self, why: str) -> None:
         self._failure = why

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket as sockets
 from dataclasses import replace
 
@@ -342,15 +343,17 @@ def test_a_model_that_cannot_be_loaded_is_told_and_answers_nothing(tmp_path):
     run(main())
 
 
-def test_a_stuck_engine_is_told_and_takes_the_worker_out_of_service(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stuck", "why"), [(6.0, "stuck for 5 s"), (math.inf, "has died")])
+def test_a_stuck_engine_is_told_and_takes_the_worker_out_of_service(tmp_path, monkeypatch, stuck, why):
     monkeypatch.setattr("guard_middleware.worker.app._WATCH_SECONDS", 0.01)
 
     async def main():
         told = []
         async with serving(tmp_path, on_failed=told.append, stall_seconds=5) as (guard, path), http(path) as client:
             assert (await client.get("/ready")).status_code == 200
-            guard.stuck = 6.0
+            guard.stuck = stuck
             await until(lambda: told)
+            assert why in told[0]
             assert (await client.get("/health")).status_code == 503
             assert (await client.get("/ready")).status_code == 503
 
