@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ START_SECONDS = 600.0
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def url():
     try:
         command = vllm.serve()
     except vllm.Missing as missing:
@@ -43,26 +44,25 @@ def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("wb") as out:
-        where = ["--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port), "--skip-mm-profiling"]
+    where = ["--served-model-name", "nano", "--host", "127.0.0.1", "--port", str(port), "--skip-mm-profiling"]
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*command, str(NANO), *where, *OPTIONS],
             env={**os.environ, **vllm.variables()},
-            stdout=out,
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        _wait(process, port, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            _wait(process, port, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait(process, port, log):
@@ -73,7 +73,8 @@ def _wait(process, port, log):
                 return
         except httpx.TransportError:
             time.sleep(1.0)
-    pytest.fail(f"vLLM did not start:\n{log.read_text(errors='replace')[-3000:]}")
+    log.seek(0)
+    pytest.fail(f"vLLM did not start:\n{log.read().decode(errors='replace')[-3000:]}")
 
 
 @pytest.fixture(scope="module")
