@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +16,10 @@ import httpx
 import yaml
 
 from tests.integrations.ray import environment
-from tests.support.gateway import eventually
 
 EXAMPLE = environment.ROOT / "integrations" / "examples" / "ray_serve"
 #: seconds; 20 on an idle machine
-START = 240.0
+START = 400.0
 #: ``serve run`` starts a cluster where there is none: here a small one, on loopback and without a dashboard
 _SERVE_RUN = """
 import sys, ray
@@ -34,13 +34,13 @@ class Cluster:
     """The example's deployment with ``changes`` to its one application, and with ``deployment`` to its replicas."""
 
     def __init__(self, folder: Path, deployment: dict[str, Any], **changes: Any) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.folder, self.pids = folder, folder / "pids"
         self.pids.mkdir()
         self._config, self._log = folder / "serve.yaml", folder / "serve.log"
         config = yaml.safe_load((EXAMPLE / "serve.yaml").read_text())
-        config["http_options"]["port"] = port
+        config["http_options"]["port"] = self.port
         (app,) = config["applications"]
         app["deployments"][0].update(deployment)
         app.update(changes)
@@ -64,8 +64,11 @@ class Cluster:
                 start_new_session=True,
             )
         try:
-            eventually(lambda: self._up() or self._popen.poll() is not None, seconds=START)
-            assert self._up(), self._log.read_text()[-3000:]
+            end = time.monotonic() + START
+            while not self._up():
+                assert self._popen.poll() is None, self._log.read_text()[-3000:]
+                assert time.monotonic() < end, f"not up in {START:g} s: {self._log.read_text()[-3000:]}"
+                time.sleep(1.0)  # asking more often would only slow the start
         except BaseException:
             self._stop()
             raise
@@ -80,8 +83,11 @@ class Cluster:
         return [int(file.name) for file in files if _lives(int(file.name))]
 
     def _up(self) -> bool:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self.port)) != 0:
+                return False
         try:
-            return httpx.get(f"{self.url}/ready", trust_env=False, timeout=5.0).status_code == 200
+            return httpx.get(f"{self.url}/ready", trust_env=False, timeout=10.0).status_code == 200
         except httpx.HTTPError:
             return False
 
