@@ -126,22 +126,21 @@ def _list(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
     loaded = {one.model: one.revision for one in held if one is not None}
     rows = [_row(model, loaded.get(model), roles.get(model, "")) for model in models]
     if arguments.json:
-        print(json.dumps({"directory": str(directory.folder), "followed": followed, "revisions": rows,
-                          "state": state.encode(found)}, indent=1))  # fmt: skip
+        told = {"directory": str(directory.folder), "followed": followed, "revisions": rows}
+        print(json.dumps({**told, "state": state.encode(found)}, indent=1))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
     table = Table("name", "revision", "made", "card", "calibration", "role", box=None)
     for row in rows:
         table.add_row(*("yes" if cell is True else "no" if cell is False else cell or "-" for cell in row.values()))
     console.print(table)
     for line in _trial_lines(found):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
     if not followed:
         console.print("no gateway follows this directory", style="dim")
     for entry in found.history[-8:]:
         why = f": {entry.why.splitlines()[0]}" if entry.why else ""
-        console.print(f"{entry.at[:19]}  {entry.by}  {entry.what}  {entry.revision}{why}", markup=False,
-                      highlight=False, style="dim")  # fmt: skip
+        console.print(f"{entry.at[:19]}  {entry.by}  {entry.what}  {entry.revision}{why}", style="dim")
     return 0
 
 
@@ -172,8 +171,8 @@ def _trial_lines(found: State) -> list[str]:
         lines.append(f"golden set: {staged.golden.rows - len(staged.golden.broken)} of {staged.golden.rows}{broken}")
     shadow = staged.shadow
     if shadow.agreed or shadow.stricter or shadow.looser or shadow.failed:
-        lines.append(f"shadow: {shadow.agreed} agreed, {shadow.stricter} stricter, {shadow.looser} looser, "
-                     f"{shadow.failed} failed")  # fmt: skip
+        counts = f"{shadow.agreed} agreed, {shadow.stricter} stricter, {shadow.looser} looser, {shadow.failed} failed"
+        lines.append(f"shadow: {counts}")
     return lines
 
 
@@ -203,8 +202,12 @@ def _stage(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
     if arguments.no_wait:
         print(f"staged {folder.name}")
         return 0
-    found = _wait(directory, arguments.timeout, lambda s: s.staged is None or s.staged.id != id
-                  or s.staged.phase in ("ready", "failed"))  # fmt: skip
+
+    def settled(current: State) -> bool:
+        staged = current.staged
+        return staged is None or staged.id != id or staged.phase in ("ready", "failed")
+
+    found = _wait(directory, arguments.timeout, settled)
     if found.staged is None or found.staged.id != id:
         raise Refused("it was unstaged meanwhile")
     print("\n".join(_trial_lines(found)))
@@ -272,6 +275,8 @@ def _wait(directory: WeightsDirectory, seconds: float, until: Callable[[State], 
         if time.monotonic() > end:
             raise Refused(f"not within {seconds:g} s; it goes on, see `guard-gateway weights list`")
         if not directory.followed():
+            if until(found := directory.read()):  # it may have done it just before
+                return found
             raise Refused("the gateway ended meanwhile; what was active stays active")
         time.sleep(_POLL)
     return found

@@ -171,9 +171,8 @@ def recovered(state: State, *, at: str) -> State:
     staged, order = state.staged, state.order
     if order is not None:
         revision = staged.revision if staged else state.active
-        state = replace(state, order=None).noted(
-            at, GATEWAY, "interrupted", revision, f"the gateway ended: {order.what}"
-        )
+        state = replace(state, order=None)
+        state = state.noted(at, GATEWAY, "interrupted", revision, f"the gateway ended: {order.what}")
         if order.what == "roll back":
             staged = None
     if staged is not None and staged.phase != "failed":
