@@ -9,8 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+#: the name under which ``register_attention`` makes it known to transformers
+ATTENTION = "sdpa_fp32"
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _KEPT = 1 << 30
@@ -19,6 +27,26 @@ _KEPT = 1 << 30
 def has_bfloat16() -> bool:
     """Whether matrices are multiplied in bfloat16 by the processor itself."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def register_attention() -> None:
+    """The fused attention, in fp32 within bfloat16: its backward pass on a CPU is slower in bfloat16. (Written out in
+    bfloat16 it is as fast, and takes memory by the square of a row's length.)"""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    with torch.autocast("cpu", enabled=False):
+        out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **more)
+    return out.to(query.dtype), None
 
 
 def keep_memory() -> None:

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
-from guard_training.nano.cpu import has_bfloat16
+from guard_training.nano.cpu import ATTENTION, has_bfloat16, register_attention
 from guard_training.nano.teacher import Kind, Stretch
 from guard_training.tuning.run import ResumingTrainer
 
@@ -180,8 +180,8 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         self._vocabulary = vocabulary
         self._bfloat16 = has_bfloat16()
         if self._bfloat16:
-            # The backward pass of the CPU's fused attention is slower in bfloat16 than in fp32.
-            self.model.set_attn_implementation("eager")
+            register_attention()
+            self.model.set_attn_implementation(ATTENTION)
         self._opening = torch.tensor([list(vocabulary.opening)])
         self._decisions = torch.tensor(list(vocabulary.decisions))
         if meanings is not None:
