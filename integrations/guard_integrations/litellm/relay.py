@@ -8,7 +8,7 @@ loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from enum import Enum
 from typing import Final
 
@@ -43,11 +43,8 @@ class Relay:
     def __init__(self, runtime: Runtime, path: str, body: bytes, tenant: str | None = None) -> None:
         self._exchange = GuardedExchange(runtime, path, body, headers=JSON, tenant=tenant)
         self._given: asyncio.Queue[bytes | UpstreamError | Turn] = asyncio.Queue()
-        self._wanted = asyncio.Event()
-        self._released: AsyncIterator[bytes] | None = None
-        self._piece: asyncio.Task[bytes | Turn] | None = None
-        #: what the guard says of a stream, once its first piece is out
-        self.headers: Headers = ()
+        self._said: asyncio.Queue[bytes | Turn | Exception] = asyncio.Queue()
+        self._streaming: asyncio.Task[None] | None = None
 
     async def begin(self) -> bytes | Whole:
         """The body for the upstream, or the guard's own answer."""
@@ -67,50 +64,44 @@ class Relay:
         """What the client is to get where the upstream gave no answer."""
         return await _read(await self._exchange.failed(error))
 
-    def streams(self) -> None:
+    async def streams(self) -> None:
         """The upstream answers with a stream, which ``advance`` feeds."""
-        self._released = self._pieces(self._exchange.answer(200, EVENTS, self._chunks()))
+        self._streaming = asyncio.create_task(self._stream())
 
     async def advance(self, given: bytes | UpstreamError | Turn) -> bytes | Turn:
         """The next released piece, ``MORE`` where the upstream is to be read on, ``END`` after the last piece.
 
-        ``given`` is what was read since the last time, ``MORE`` for nothing. Raises ``Whole`` where the guard answers
-        with something else than a stream, and ``UpstreamError`` where the answer breaks off.
+        ``given`` is what was read since ``MORE`` was said, and ``MORE`` for nothing. Raises ``Whole`` where the guard
+        answers with something else than a stream, and ``UpstreamError`` where the answer breaks off.
         """
-        assert self._released is not None
         if given is not Turn.MORE:
-            self._wanted.clear()
             self._given.put_nowait(given)
-        if self._piece is None:
-            self._piece = asyncio.ensure_future(anext(self._released, Turn.END))
-        wanted = asyncio.ensure_future(self._wanted.wait())
-        try:
-            await asyncio.wait({self._piece, wanted}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            wanted.cancel()
-        if not self._piece.done():
-            return Turn.MORE
-        piece, self._piece = self._piece, None
-        return piece.result()
+        said = await self._said.get()
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     async def close(self) -> None:
         """Ends the exchange, which makes its record."""
-        if self._piece is not None:
-            self._piece.cancel()
+        if self._streaming is not None:
+            self._streaming.cancel()
         await self._exchange.aclose()
 
-    async def _pieces(self, answering: Awaitable[Answer]) -> AsyncIterator[bytes]:
-        answer = await answering
-        self.headers = answer.headers
-        if not dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
-            raise await _read(answer)
-        async for piece in answer.chunks:
-            yield piece
+    async def _stream(self) -> None:
+        try:
+            answer = await self._exchange.answer(200, EVENTS, self._chunks())
+            if not dict(answer.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+                raise await _read(answer)
+            async for piece in answer.chunks:
+                self._said.put_nowait(piece)
+        except Exception as error:
+            self._said.put_nowait(error)
+        self._said.put_nowait(Turn.END)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         while True:
             if self._given.empty():
-                self._wanted.set()
+                self._said.put_nowait(Turn.MORE)
             match await self._given.get():
                 case UpstreamError() as error:
                     raise error

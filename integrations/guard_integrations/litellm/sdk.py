@@ -61,8 +61,8 @@ def install(
     process's policy where ``tenants.header`` is set. Returns when the guard can judge. A second installation with the
     same arguments does nothing.
 
-    Raises ``RuntimeError`` where LiteLLM is absent or unknown, for a bad configuration and for a second one, and
-    ``GuardError`` where the guard does not get ready.
+    Raises ``RuntimeError`` where LiteLLM is absent or unknown, for a bad configuration and for a second one,
+    ``ConfigError`` for one that this machine cannot run, and ``GuardError`` where the guard does not get ready.
     """
     global _installed
     chosen = config if isinstance(config, Config) else settings.load(config)

@@ -80,7 +80,7 @@ class Guard:
                 raise sdk_errors.of(whole, call.model) from None
             raise
         if sdk_streams.is_stream(result):
-            relay.streams()
+            yield OnGuard(relay.streams())
             return sdk_streams.guarded(result, sdk_streams.Pump(self.loop, relay, call, result))
         whole = yield OnGuard(relay.whole(200, answer_bytes(result)))
         yield OnGuard(relay.close())
