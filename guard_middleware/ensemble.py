@@ -99,7 +99,7 @@ def _merged(ensemble: Ensemble, verdicts: Mapping[str, Verdict], decider: Verdic
     request, request_score = _voted(ensemble, [decider] if decider else every, "input")
     response: Label | None = None
     response_score: float | None = None
-    if every[0].response is not None:
+    if all(one.response is not None for one in every):
         response, response_score = _voted(ensemble, [decider] if decider else every, "output")
     spent = sum if ensemble.rule == "first_confident" else max  # one after the other, or side by side
     return Verdict(
