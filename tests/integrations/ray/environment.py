@@ -1,7 +1,6 @@
 """The environment in which the tests run the real Ray Serve: exact versions, in ``.clients/ray/``.
 
-Made once (two minutes and 500 MB) and reused while ``requirements.txt`` is unchanged. What it lacks, torch above all,
-it takes from the environment that runs the tests, behind its own packages.
+Made once (two minutes and 500 MB) and reused while ``requirements.txt`` is unchanged. It has no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import shutil
 import sys
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,8 +28,6 @@ def serve() -> list[str]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes must not make it at once
         if not environments._made(_FOLDER, _REQUIREMENTS):
             _make()
-    packages = next((_FOLDER / "lib").glob("python3*/site-packages"))
-    (packages / "behind_our_own.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return [str(_FOLDER / "bin" / "serve")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 DRIVER = """
 import asyncio, json, sys
+sys.path.append(sys.argv[2])  # torch, behind this environment's own packages
 from guard_integrations.ray_serve import app
 from guard_middleware.errors import ConfigError
 from guard_middleware.types import Conversation, Message, Text
@@ -49,7 +51,7 @@ def built(args: dict[str, Any], *more: str) -> dict[str, Any]:
     except environment.Missing as error:
         pytest.skip(f"no Ray here: {error}")
     done = subprocess.run(
-        [python, "-c", DRIVER, json.dumps(args), *more],
+        [python, "-c", DRIVER, json.dumps(args), sysconfig.get_path("purelib"), *more],
         env=environment.variables("none"),
         capture_output=True,
         text=True,
