@@ -288,7 +288,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Bytes per second of a large copy, both ways counted, and operations per second of a large product; best of eight."""
+    """Bytes per second of a large copy, both ways counted, operations per second of a large product; best of eight."""
     import torch
 
     cuda = device == "cuda"
@@ -381,7 +381,7 @@ def plot(options: argparse.Namespace) -> None:
     report = json.loads(options.report.read_text())
     figure, (speed, reach) = pyplot.subplots(1, 2, figsize=(11, 4))
     for mode in dict.fromkeys(row["mode"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["mode"] == mode]
+        rows = sorted((row for row in report["rows"] if row["mode"] == mode), key=lambda row: row["batch"])
         batches = [row["batch"] for row in rows]
         (drawn,) = speed.plot(batches, [row["verdicts_per_second"] for row in rows], "o-", label=f"{mode}, worker")
         speed.plot(
