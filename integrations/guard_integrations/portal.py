@@ -46,7 +46,7 @@ class Portal:
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            raise PortalClosed("this guarded transport was closed while a request was under way") from None
+            raise PortalClosed("this guard was closed while a request was under way") from None
         except BaseException:
             future.cancel()
             raise
@@ -72,7 +72,7 @@ class Portal:
     def _start(self) -> None:
         with self._lock:
             if self._closed:
-                raise PortalClosed("this guarded transport is closed; make another")
+                raise PortalClosed("this guard is closed; make another")
             if self._thread is None:
                 running = threading.Event()
                 self._pid = os.getpid()
@@ -83,7 +83,7 @@ class Portal:
                 running.wait()
                 atexit.register(self._exit)
             if self._pid != os.getpid():
-                raise RuntimeError("a guarded transport that was used does not outlive a fork; make it in the child")
+                raise RuntimeError("a guard that was used does not outlive a fork; make it in the child")
 
     async def _run(self, running: threading.Event) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()

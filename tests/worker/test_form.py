@@ -100,7 +100,7 @@ def test_a_guard_may_have_a_form_without_reasoning() -> None:
     response = {"decide": "response", "harmful": ["unsafe"], "unharmful": ["safe"]}
     form = Form({**STATED, "label_unanswered": [label], "label_answered": [label, response]}, TOKENIZER)
     filling = form.start(JUDGED, answered=False, think=False)
-    assert TOKENIZER.decode([filling.choose(scored(**{"Ġbad": 2.0}))]) == " bad"
+    assert TOKENIZER.decode([filling.choose(scored(_bad=2.0))]) == " bad"
     assert filling.complete
     assert filling.scores["request"] > 0.5
     assert form.judges_without_reasoning
