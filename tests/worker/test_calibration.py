@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from guard_middleware.errors import ConfigError
 from guard_middleware.types import Usage
-from guard_middleware.worker.calibration import Calibration, read, scaled
+from guard_middleware.worker.calibration import Calibration, Scale, read
 from guard_middleware.worker.windows import Judgement
 
 SIDE = {"temperature": 2.0, "rows": 90}
@@ -26,18 +26,23 @@ def folder(path: Path, stated: Any) -> Path:
     return path
 
 
-@given(SCORES, SCORES, st.floats(0.05, 20))
-def test_a_temperature_keeps_the_order_of_scores_and_the_side_of_one_half(a: float, b: float, by: float) -> None:
-    assert (scaled(a, by) > 0.5) == (a > 0.5) or abs(a - 0.5) < 1e-9
-    assert a >= b or scaled(a, by) <= scaled(b, by)
-    assert 0.0 <= scaled(a, by) <= 1.0
+@given(SCORES, SCORES, st.floats(0.05, 20), st.floats(-9, 9))
+def test_a_scale_keeps_the_order_of_scores_and_without_a_shift_their_side_of_one_half(
+    a: float, b: float, temperature: float, shift: float
+) -> None:
+    plain, shifted = Scale(temperature), Scale(temperature, shift)
+    assert (plain(a) > 0.5) == (a > 0.5) or abs(a - 0.5) < 1e-9
+    assert a >= b or shifted(a) <= shifted(b)
+    assert 0.0 <= shifted(a) <= 1.0
 
 
-def test_a_scaled_score_is_its_logit_divided_by_the_temperature() -> None:
-    assert scaled(0.9, 1.0) == pytest.approx(0.9)
-    assert scaled(0.9, 2.0) == pytest.approx(0.75)
-    assert scaled(0.9, 0.5) == pytest.approx(81 / 82)
-    assert math.isfinite(scaled(1.0, 0.05))
+def test_a_calibrated_score_is_its_shifted_logit_divided_by_the_temperature() -> None:
+    assert Scale(1.0)(0.9) == pytest.approx(0.9)
+    assert Scale(2.0)(0.9) == pytest.approx(0.75)
+    assert Scale(0.5)(0.9) == pytest.approx(81 / 82)
+    assert Scale(1.0, -math.log(9))(0.9) == pytest.approx(0.5)
+    assert Scale(0.01, -1000.0)(0.0) == 0.0
+    assert Scale(0.01, 1000.0)(1.0) == 1.0
 
 
 def test_without_a_file_scores_stay_as_they_are(tmp_path: Path) -> None:
@@ -54,6 +59,16 @@ def test_each_kind_and_side_has_its_own_temperature(tmp_path: Path) -> None:
     assert (thought.request_score, thought.response_score) == (pytest.approx(0.75), 0.9)
     assert (brief.request_score, brief.response_score) == (0.9, pytest.approx(81 / 82))
     assert found.of(Judgement("harmful", None, 0.9, None, "", Usage()), thought=True).response_score is None
+
+
+def test_a_label_without_reasoning_follows_its_shifted_score_and_one_with_reasoning_stays() -> None:
+    scales = {(kind, side): Scale(1.0, -2.0) for kind in ("label", "reason") for side in ("request", "response")}
+    judged = Judgement("harmful", "harmful", 0.7, 0.95, "", Usage())
+    brief = Calibration(scales).of(judged, thought=False)
+    assert (brief.request, brief.response) == ("unharmful", "harmful")
+    assert brief.request_score < 0.5 < (brief.response_score or 0.0)
+    cooler = Calibration({("reason", "request"): Scale(9.0)}).of(judged, thought=True)
+    assert (cooler.request, cooler.response) == ("harmful", "harmful")
 
 
 def test_the_revision_of_a_verdict_changes_with_the_calibration(tmp_path: Path) -> None:
@@ -75,6 +90,9 @@ def test_the_revision_of_a_verdict_changes_with_the_calibration(tmp_path: Path) 
         ({**STATED, "reason": {"request": {"temperature": math.nan}}}, "not a calibration"),
         ({**STATED, "reason": {"request": {"temperature": math.inf}}}, "not a calibration"),
         ({**STATED, "reason": {"request": {"temperature": True}}}, "not a calibration"),
+        ({**STATED, "reason": {"request": {**SIDE, "shift": 0.1}}}, "not a calibration"),
+        ({**STATED, "label": {"request": {**SIDE, "shift": math.inf}}}, "not a calibration"),
+        ({**STATED, "label": {"request": {**SIDE, "shift": "no"}}}, "not a calibration"),
         ({**STATED, "reason": {"request": {"rows": 9}}}, "not a calibration"),
         ({**STATED, "reason": [1]}, "not a calibration"),
         ({"method": "temperature", "revision": "r1", "request": SIDE}, "not a calibration"),

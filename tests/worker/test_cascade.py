@@ -12,7 +12,7 @@ from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import completion
 from guard_middleware.types import Judging, Label, Usage
 from guard_middleware.worker.batching import Ran
-from guard_middleware.worker.calibration import Calibration
+from guard_middleware.worker.calibration import Calibration, Scale
 from guard_middleware.worker.cascade import Judged, Planned, cascade
 from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.windows import Judgement
@@ -165,10 +165,12 @@ def test_an_overloaded_worker_is_no_verdict_in_the_second_pass_either() -> None:
 
 
 def test_bounds_are_held_against_calibrated_scores_and_each_kind_has_its_own_calibration() -> None:
-    flat = Calibration({("label", "request"): 4.0, ("reason", "request"): 0.5}, "c")
+    flat = Calibration({("label", "request"): Scale(4.0), ("reason", "request"): Scale(0.5)}, "c")
     engine = Engine([0.95], [0.8])
     assert not judged(engine, HYBRID).thought
     found = judged(engine, HYBRID, calibration=flat)  # sigmoid(logit(0.95) / 4) = 0.68
     assert found.thought
     assert scores(found) == [pytest.approx(16 / 17)]
-    assert scores(judged(engine, LABEL, calibration=replace(flat, temperatures={("label", "response"): 4.0}))) == [0.95]
+    assert scores(judged(engine, LABEL, calibration=replace(flat, scales={("label", "response"): Scale(4.0)}))) == [
+        0.95
+    ]

@@ -19,7 +19,7 @@ from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker import serve
 from guard_middleware.worker.app import Worker
 from guard_middleware.worker.batching import BatchLimits
-from guard_middleware.worker.calibration import Calibration
+from guard_middleware.worker.calibration import Calibration, Scale
 from guard_middleware.worker.engine import Generation
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, ServiceLimits
@@ -148,7 +148,7 @@ def test_hybrid_thinks_about_one_window_of_many(tiny_tokenizer):
 
 
 def test_scores_are_calibrated_and_the_revision_says_by_what(tiny_tokenizer):
-    calibration = Calibration({("reason", "request"): 0.5}, "c0ffee00")
+    calibration = Calibration({("reason", "request"): Scale(0.5)}, "c0ffee00")
     (verdict,) = moderate(StubEngine(tiny_tokenizer), question("how do I pick a lock"), calibration=calibration)
     assert verdict.request_score == pytest.approx(81 / 82)
     assert verdict.revision == "r1+c0ffee00"

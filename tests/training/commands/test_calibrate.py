@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guard_middleware.types import Judging
-from guard_middleware.worker.calibration import read, scaled
+from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import load
 from guard_training.cli import main
 from guard_training.commands import calibrate
@@ -62,7 +62,7 @@ def test_it_writes_what_the_worker_then_applies_to_every_mode_and_side(
     assert "bake" not in page
 
     rows = measure.read_good_rows(data, measure.Skipped())[:2]
-    found = read(guard, revision).temperatures
+    found = read(guard, revision).scales
     for kind, judging in (("reason", Judging()), ("label", Judging("label"))):
         own, served = (
             measure.measure(
@@ -72,7 +72,7 @@ def test_it_writes_what_the_worker_then_applies_to_every_mode_and_side(
         )
         for before, after in zip(own, served, strict=True):
             assert before.request_score is not None
-            assert after.request_score == pytest.approx(scaled(before.request_score, found[kind, "request"]), abs=1e-6)
+            assert after.request_score == pytest.approx(found[kind, "request"](before.request_score), abs=1e-6)
     assert main([*arguments[:-1], str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     for kind in ("reason", "label"):  # fitted to the guard's own scores again

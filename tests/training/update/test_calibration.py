@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from guard_middleware.worker.calibration import FILE, read
+from guard_middleware.worker.calibration import FILE, Scale, read
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.update.calibration import LEAST, calibrated, calibration, scaled, temperature
 
@@ -59,7 +60,25 @@ def test_overconfident_scores_come_out_better_calibrated() -> None:
 def test_what_is_written_is_what_the_worker_reads(tmp_path: Path) -> None:
     found = calibration("r1", label=_outcomes(400, [0.01, 0.99, 0.99, 0.99]))
     (tmp_path / FILE).write_text(json.dumps(found))
-    assert read(tmp_path, "r1").temperatures == {("label", "request"): found["label"]["request"]["temperature"]}
+    assert read(tmp_path, "r1").scales == {("label", "request"): Scale(found["label"]["request"]["temperature"])}
+
+
+def test_scores_without_reasoning_are_brought_to_where_those_with_it_stand() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 400)
+    reason = [replace(one, request_score=_chance(x)) for one, x in zip(_outcomes(400, [0.5]), logits, strict=True)]
+    label = [replace(one, request_score=_chance(x + 0.7)) for one, x in zip(reason, logits, strict=True)]
+    found = calibration("r1", reason=reason, label=label)
+    assert found["label"]["request"]["shift"] == pytest.approx(-0.7, abs=1e-3)
+    assert found["reason"]["request"]["shift"] == 0.0
+    assert found["label"]["request"]["temperature"] == found["reason"]["request"]["temperature"]
+    moved = [[one.request_score for one in calibrated(given, found[kind])] for kind, given in
+             (("reason", reason), ("label", label))]  # fmt: skip
+    assert moved[0] == pytest.approx(moved[1], abs=1e-3)
+
+
+def _chance(logit: float) -> float:
+    return float(1 / (1 + np.exp(-logit)))
 
 
 @pytest.mark.parametrize(

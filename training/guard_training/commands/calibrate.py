@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 _ABOUT = """\
 Fits a temperature to a guard's scores on rows that it was not trained on, for requests and responses, with reasoning
 and without, and writes calibration.json; beside the weights, the worker applies it to every score. The order of scores
-and every label stay; what changes is how far from 0 and 1 they are, so that a threshold, and the range in which the
-mode `hybrid` thinks, mean the same for every mode and guard.
+stays, and so does every label with reasoning; what changes is how far from 0 and 1 scores are, so that a threshold, and
+the range in which the mode `hybrid` thinks, mean the same for every mode and guard. Scores without reasoning are also
+shifted to where those with it stand.
 
   guard-train calibrate --model out/model --data train.jsonl.gz --output out/model/calibration.json --report c.html
 
@@ -76,7 +77,18 @@ def run(given: argparse.Namespace) -> None:
             calibrated=False,
         )
     found = calibration(facts.revision, **outcomes)
-    columns = ("mode", "side", "rows", "harmful", "temperature", "ECE before", "after", "Brier before", "after")
+    columns = (
+        "mode",
+        "side",
+        "rows",
+        "harmful",
+        "shift",
+        "temperature",
+        "ECE before",
+        "after",
+        "Brier before",
+        "after",
+    )
     sheet = Sheet(f"Calibration of {facts.name} {facts.revision}", columns, tuple(_lines(found)), left=2)
     console.print(sheet.rich())
     if skipped.reasons:
@@ -114,9 +126,9 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for kind, side in ((kind, side) for kind in KINDS if kind in found for side in SIDES):
         one = found[kind][side]
         if one is None:
-            lines.append((kind, side, "too few", *[""] * 6))
+            lines.append((kind, side, "too few", *[""] * 7))
             continue
-        counts = (str(one["rows"]), str(one["harmful"]), f"{one['temperature']:.2f}")
+        counts = (str(one["rows"]), str(one["harmful"]), f"{one['shift']:.2f}", f"{one['temperature']:.2f}")
         before = [f"{value:.3f}" for value in (*one["calibration_error"], *one["brier"])]
         lines.append((kind, side, *counts, *before))
     return lines

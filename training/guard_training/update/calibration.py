@@ -1,6 +1,7 @@
 """Temperature scaling of a guard's scores (Guo et al. 2017, section 4.2), on rows it was not trained on.
 
-A calibrated score is sigmoid(logit(score) / temperature): the order of scores, and so every curve, stays as it is.
+A calibrated score is sigmoid((logit(score) + shift) / temperature): the order of scores, and so every curve, stays as
+it is. Scores without reasoning are first shifted to where those with it stand, so that the two agree on what harm is.
 ``calibration`` makes what ``guard_middleware.worker.calibration`` reads.
 """
 
@@ -12,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from guard_middleware.worker import calibration as serve
-from guard_middleware.worker.calibration import METHOD
+from guard_middleware.worker.calibration import METHOD, Scale
 from guard_training.evaluation import curves
 from guard_training.evaluation.metrics import scored
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side
@@ -26,10 +26,9 @@ _CLIP = 1e-6
 _TEMPERATURES = np.geomspace(0.05, 20.0, 401)
 
 
-def scaled(scores: Array, temperature: float) -> Array:
+def scaled(scores: Array, temperature: float, shift: float = 0.0) -> Array:
     """Calibrated scores."""
-    kept = np.clip(scores, _CLIP, 1 - _CLIP)
-    out: Array = 1 / (1 + ((1 - kept) / kept) ** (1 / temperature))
+    out: Array = 1 / (1 + np.exp(-(_logit(scores) + shift) / temperature))
     return out
 
 
@@ -53,8 +52,33 @@ def calibration(revision: str, **kinds: Sequence[Outcome]) -> dict[str, Any]:
     For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after; None
     where there are too few rows of a class, or all scores are equal.
     """
-    found = {kind: {side: _side(*scored(outcomes, side)[:2]) for side in SIDES} for kind, outcomes in kinds.items()}
+    shifts = _shifts(kinds["reason"], kinds["label"]) if {"reason", "label"} <= set(kinds) else {}
+    found = {
+        kind: {
+            side: _side(*scored(outcomes, side)[:2], shifts.get(side, 0.0) if kind == "label" else 0.0)
+            for side in SIDES
+        }
+        for kind, outcomes in kinds.items()
+    }
     return {"method": METHOD, "revision": revision, **found}
+
+
+def _shifts(reason: Sequence[Outcome], label: Sequence[Outcome]) -> dict[Side, float]:
+    """By how much the logit with reasoning is above that without, as the median over the rows that have both."""
+    thought, found = {one.id: one for one in reason}, dict[Side, float]()
+    for side in SIDES:
+        pairs = [(thought[one.id].score(side), one.score(side)) for one in label if one.id in thought]
+        both = np.array([pair for pair in pairs if None not in pair], dtype=np.float64)
+        if len(both) >= 2 * LEAST:
+            logits = _logit(both)
+            found[side] = round(float(np.median(logits[:, 0] - logits[:, 1])), 4)
+    return found
+
+
+def _logit(scores: Array) -> Array:
+    kept = np.clip(scores, _CLIP, 1 - _CLIP)
+    out: Array = np.log(kept / (1 - kept))
+    return out
 
 
 def calibrated(outcomes: Sequence[Outcome], sides: Mapping[str, Any]) -> list[Outcome]:
@@ -62,7 +86,7 @@ def calibrated(outcomes: Sequence[Outcome], sides: Mapping[str, Any]) -> list[Ou
 
     def score(one: Outcome, side: Side) -> float | None:
         given, fitted = one.score(side), sides[side]
-        return given if given is None or fitted is None else serve.scaled(given, fitted["temperature"])
+        return given if given is None or fitted is None else Scale(fitted["temperature"], fitted["shift"])(given)
 
     return [
         dataclasses.replace(one, request_score=score(one, "request"), response_score=score(one, "response"))
@@ -70,14 +94,16 @@ def calibrated(outcomes: Sequence[Outcome], sides: Mapping[str, Any]) -> list[Ou
     ]
 
 
-def _side(harmful: Sequence[bool], scores: Sequence[float]) -> dict[str, Any] | None:
+def _side(harmful: Sequence[bool], scores: Sequence[float], shift: float) -> dict[str, Any] | None:
     count = sum(harmful)
     if min(count, len(harmful) - count) < LEAST or len(set(scores)) < 2:
         return None
-    found = temperature(harmful, scores)
-    after = scaled(np.asarray(scores, dtype=np.float64), found).tolist()
+    given = np.asarray(scores, dtype=np.float64)
+    found = round(temperature(harmful, scaled(given, 1.0, shift).tolist()), 4)
+    after = scaled(given, found, shift).tolist()
     return {
-        "temperature": round(found, 4),
+        "temperature": found,
+        "shift": shift,
         "rows": len(harmful),
         "harmful": count,
         "calibration_error": [_error(harmful, scores), _error(harmful, after)],
