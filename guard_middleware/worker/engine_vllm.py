@@ -229,7 +229,7 @@ class VllmEngine:
             text=self._tokenizer.decode(writing.ids),
             prompt_tokens=len(prompt.ids) + pictures.extra_tokens + writing.given,
             completion_tokens=writing.decoded,
-            reasoning_tokens=thought or 0,
+            reasoning_tokens=min(thought or 0, writing.decoded),
             request_score=writing.scores.get("request"),
             response_score=writing.scores.get("response") if prompt.answered else None,
             finish="length" if writing.cut else "stop",
@@ -280,12 +280,16 @@ class VllmEngine:
         filling.take(writing.ids[-1], {id: one.logprob for id, one in output.logprobs[0].items()})
 
     async def _fill(self, prompt: GuardPrompt, ask: _Ask) -> _Writing:
-        """A form with reasoning, in one request."""
+        """A form with reasoning, in one request, which ends with the last choice: what follows it is known."""
         assert self._form is not None
         writing, filling = _Writing(), self._form.start((), answered=prompt.answered)
+        ends = filling.last_choices()
+        if not ends.isdisjoint(prompt.ids):  # a quote may hold one
+            ends = frozenset()
         deciding = sorted({id for slot in filling.slots if slot.decides for id in filling.open_to(slot)})
         params = _greedy(
             max_tokens=prompt.max_new_tokens + 1,  # the end of the output, which is no part of it
+            stop_token_ids=sorted(ends),
             logprob_token_ids=deciding,
             detokenize=False,
             extra_args={FORM: [prompt.answered]},
@@ -298,6 +302,8 @@ class VllmEngine:
         if writing.ids[-1] == self._encoder.im_end:
             writing.ids.pop()
             writing.decoded -= 1
+        if writing.ids[-1] in ends:
+            writing.ids += filling.run_on()
         writing.cut = not filling.complete or writing.decoded > prompt.max_new_tokens
         writing.scores, writing.thought = filling.scores, self._thought(writing.ids)
         return writing

@@ -46,6 +46,10 @@ class Slot:
     decides: bool = False
     quote: int = 0
 
+    @property
+    def chooses(self) -> bool:
+        return self.quote > 0 or self.decides or max(len(self.choices), *map(len, self.sides or ((),))) > 1
+
 
 class Form:
     """The form of one guard, shared by its rows."""
@@ -120,7 +124,11 @@ class Filling:
 
     def choose(self, logits: Tensor) -> int:
         """The next id; ``logits`` is the row of scores, by id. Not to be called when ``complete``."""
-        chosen = _likeliest(logits, self.open())
+        slot = self.slots[self._index]
+        ids = self.open()
+        if slot.decides and slot.sides:  # several tokens of a side outweigh the likeliest of the other
+            ids = slot.sides[0 if _decision(slot.sides, logits) >= 0.5 else 1]
+        chosen = _likeliest(logits, ids)
         self.take(chosen, logits)
         return chosen
 
@@ -145,6 +153,13 @@ class Filling:
             self.take(only[0])
             ids.append(only[0])
         return ids
+
+    def last_choices(self) -> frozenset[int]:
+        """The ids of the last slot that leaves a choice, where no other slot has any of them; else none."""
+        ids = [frozenset(slot.choices).union(*(slot.sides or ())) for slot in self.slots]
+        last = max(n for n, slot in enumerate(self.slots) if slot.chooses)
+        rest = frozenset().union(*ids[:last], *ids[last + 1 :])
+        return ids[last] if ids[last].isdisjoint(rest) else frozenset()
 
     def copy(self) -> Filling:
         """The same form, filled in as far; what is chosen in one does not stand in the other."""

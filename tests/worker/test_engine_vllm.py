@@ -347,7 +347,8 @@ def test_nano_says_on_vllm_what_it_says_on_transformers(outcomes, name):
     assert (found.request, found.response, found.reasoning) == (expected.request, expected.response, expected.reasoning)
     assert found.request_score == pytest.approx(expected.request_score, abs=5e-3)
     assert found.response_score == pytest.approx(expected.response_score, abs=5e-3)
-    assert found.usage == expected.usage
+    assert found.usage.prompt == expected.usage.prompt
+    assert found.usage.completion <= expected.usage.completion  # what follows the last choice is not decoded
 
 
 def test_a_worker_on_vllm_shows_vllms_figures(worker):

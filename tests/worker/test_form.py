@@ -76,6 +76,15 @@ def test_the_decision_and_its_repetition_agree_whatever_the_guard_would_rather_s
     assert scores == {"request": pytest.approx(torch.sigmoid(torch.tensor(2.0)).item())}
 
 
+def test_what_is_written_is_the_side_of_the_score_where_a_side_has_several_tokens() -> None:
+    split = {"decide": "request", "harmful": ["risky"], "unharmful": ["plain", "safe"]}
+    form = Form({**STATED, "unanswered": [split, REPEAT]}, TOKENIZER)
+    filling = form.start(JUDGED, answered=False)
+    written = [filling.choose(scored(risky=1.0, plain=0.9, safe=0.8)), filling.choose(scored())]
+    assert TOKENIZER.decode(written) == "plain fine"
+    assert filling.scores["request"] < 0.5
+
+
 def test_an_answer_gets_its_own_decision() -> None:
     text, scores = fill(JUDGED, True, lambda _: scored(plain=1.0, unsafe=3.0, _a=1.0))
     assert "unsafe" in text
@@ -157,9 +166,9 @@ def test_a_form_that_cannot_be_filled_in_is_refused(stated: dict[str, Any], why:
 
 @pytest.mark.parametrize("lost", ["nothing", "every other choice", "the filling, half way"])
 @settings(max_examples=40)
-@given(st.lists(st.lists(st.floats(-5, 5), min_size=len(PIECES), max_size=len(PIECES)), min_size=20, max_size=20))
+@given(st.lists(st.lists(st.integers(-5, 5), min_size=len(PIECES), max_size=len(PIECES)), min_size=20, max_size=20))
 def test_a_tentative_filling_writes_what_a_certain_one_does_whatever_is_lost(lost, scores):
-    wishes = [torch.tensor(row) for row in scores]
+    wishes = [torch.tensor(row, dtype=torch.float32) for row in scores]
     certain, expected = FORM.start(JUDGED, answered=True), []
     while not certain.complete:
         expected.append(certain.choose(wishes[len(expected)]))
@@ -178,3 +187,12 @@ def test_a_tentative_filling_writes_what_a_certain_one_does_whatever_is_lost(los
     assert written == expected
     if lost != "the filling, half way":
         assert tentative.filling.scores == certain.scores
+
+
+def test_a_form_knows_its_last_choice_where_no_other_slot_has_any_of_its_tokens():
+    end = [{"one_of": [" »."]}]
+    choice = [{"one_of": [" bad", " fine"]}]
+    last = Form({"unanswered": [DECIDE, *choice, *end], "answered": STATED["answered"]}, TOKENIZER)
+    assert last.start([], answered=False).last_choices() == set(ids("Ġbad", "Ġfine"))
+    twice = Form({"unanswered": [DECIDE, *choice, *choice, *end], "answered": STATED["answered"]}, TOKENIZER)
+    assert twice.start([], answered=False).last_choices() == set()
