@@ -47,6 +47,7 @@ bench: $(STAMP)-dev
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/verdict.py
 	$(BIN)/python -m tests.bench.streams
+	$(BIN)/python -m tests.bench.promotion
 
 # Train the bundled guard again: make nano DATA=path/to/data
 nano: $(STAMP)-dev
