@@ -288,9 +288,7 @@ def test_an_aborted_transaction_holds_nothing_and_says_why() -> None:
 def test_out_of_order_feeds_are_defects_and_never_release() -> None:
     tx = transaction()
     with pytest.raises(RuntimeError):
-        tx.judged(
-            Judged(Call("gd_1.input", "input", None, parsed().conversation, SourcePolicy()), verdict(), 0.1)
-        )
+        tx.judged(Judged(Call("gd_1.input", "input", None, parsed().conversation, SourcePolicy()), verdict(), 0.1))
     tx.request(parsed())
     with pytest.raises(RuntimeError):
         tx.request(parsed())
