@@ -53,6 +53,12 @@ def test_the_raw_key_is_in_no_record(scene: Stage) -> None:
 # -- what policies do --
 
 
+def decided(scene: Stage, response: httpx.Response) -> dict[str, Any]:
+    """The record of a request, which is written beside its answer."""
+    id = response.headers["x-guard-decision-id"]
+    return eventually(lambda: [d for d in scene.decisions() if id.startswith(d["id"])])[0]
+
+
 @three
 @streamed
 def test_annotations_come_in_the_apis_own_form(scene: Stage, name: str, stream: bool) -> None:
@@ -81,7 +87,7 @@ def test_shadow_changes_nothing_and_records_what_it_would_have_done(scene: Stage
     api = ENDPOINTS[name]
     response = scene.proxy.post(api.path, {"model": f"{api.shape}/bad.shadow", **api.text(NICE)})
     assert (response.status_code, LEAK in response.text, "x_guard" in response.text) == (200, True, False)
-    (decision,) = [d for d in scene.decisions() if response.headers["x-guard-decision-id"].startswith(d["id"])]
+    decision = decided(scene, response)
     assert [d["would"] for d in decision["decisions"]] == ["allow", "block"]
 
 
@@ -181,7 +187,7 @@ def test_an_operator_may_fail_open_and_the_record_says_so(scene: Stage) -> None:
     with scene.without_worker():
         response = scene.proxy.post(CHAT.path, {"model": "chat/good.open", **CHAT.text(NICE)})
         assert response.status_code == 200, response.text
-    (decision,) = [d for d in scene.decisions() if response.headers["x-guard-decision-id"].startswith(d["id"])]
+    decision = decided(scene, response)
     assert decision["bypassed"] != []
 
 
