@@ -27,6 +27,7 @@ from guard_middleware.guard.parse import completion, parse  # noqa: E402
 from guard_middleware.guard.prompt import expand_images, render  # noqa: E402
 from guard_middleware.types import Blob, Conversation, Judging, Message, Text, Verdict  # noqa: E402
 from guard_middleware.wire import ModerationRequest  # noqa: E402
+from guard_middleware.worker.calibration import read as read_calibration  # noqa: E402
 from guard_middleware.worker.engine import Generation, GuardPrompt  # noqa: E402
 from guard_middleware.worker.engine_transformers import TransformersEngine  # noqa: E402
 from guard_middleware.worker.metrics import Metrics  # noqa: E402
@@ -325,7 +326,9 @@ def outcomes(request, worker):
     }
 
     async def here():
-        service = GuardService(TransformersEngine(resolve("nano"), device="cpu"), Metrics())
+        nano = resolve("nano")
+        calibration = read_calibration(nano.folder, nano.facts.revision)
+        service = GuardService(TransformersEngine(nano, device="cpu"), Metrics(), calibration=calibration)
         now = asyncio.get_running_loop().time
         return lambda one: service.moderate(one, now() + one.deadline), service.aclose
 
