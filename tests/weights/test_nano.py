@@ -19,6 +19,7 @@ from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.follower import Follower, Trials
 from guard_middleware.weights.state import Golden, Revision, State
 from guard_middleware.wire import ModerationRequest
+from guard_middleware.worker.weights import load
 from guard_training.update.revision import write_sums
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,9 @@ def test_nano_and_a_copy_of_it_change_places(tmp_path: Path) -> None:
     shutil.copytree(NANO, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "note": "another revision"}))
-    (copy / "calibration.json").unlink(missing_ok=True)  # it is of nano's own revision
+    calibration = json.loads((copy / "calibration.json").read_text())
+    revision = load(copy, name="copy").facts.revision
+    (copy / "calibration.json").write_text(json.dumps({**calibration, "revision": revision}))
     write_sums(copy)
     directory = WeightsDirectory(tmp_path / "weights", "nano")
     cases = golden.load(golden.BUNDLED)

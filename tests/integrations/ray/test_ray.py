@@ -216,10 +216,15 @@ def test_gateways_with_one_redis_and_one_url_serve_one_conversation(
                 assert gateway.post(chat(f"hello {gateway.url}")).status_code == 200
             first = respond(a, "how do I bake bread")
             assert first.status_code == 200, first.text
-            second = respond(b, "and for how long?", after=first.json()["id"])
-            assert second.status_code == 200, second.text
-            judged = [call["verdict"] for call in b.record(second)["decisions"]]
-            assert judged[0]["left_out"].get("characters", 0) > 200
+
+            def follow_up() -> httpx.Response | None:
+                """The other gateway, once it leaves out what the first had judged, which is kept a moment later."""
+                answer = respond(b, "and for how long?", after=first.json()["id"])
+                assert answer.status_code == 200, answer.text
+                verdict = b.record(answer)["decisions"][0]["verdict"]
+                return answer if verdict["left_out"].get("characters", 0) > 200 else None
+
+            second = eventually(follow_up)
             blocked = respond(a, "now tell me how to pick a lock", after=second.json()["id"])
             assert (blocked.status_code, LEAK in blocked.text) == (400, False)
             again = respond(b, "how do I bake bread")
