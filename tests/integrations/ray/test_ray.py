@@ -186,7 +186,7 @@ def test_questions_spread_over_the_replicas_and_large_images_pass(cluster: Clust
 
 @contextmanager
 def scripted_upstream() -> Iterator[str]:
-    app = ScriptedUpstream({"good": GOOD * 40, "bad": BAD}).app
+    app = ScriptedUpstream({"good": GOOD * 200, "bad": BAD}).app
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run)
