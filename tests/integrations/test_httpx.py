@@ -474,7 +474,7 @@ def test_closing_ends_the_worker_that_the_transport_started(wired: Callable[...,
         runtime = Runtime(settings)
         script = str(Path(__file__).parents[1] / "support" / "scripted_worker.py")
         argv = [sys.executable, script, "--socket", str(tmp_path / "w.sock"), "--exit-with-parent"]
-        runtime.worker = WorkerProcess(argv, tmp_path / "w.sock")
+        runtime.workers.processes[config.DEFAULT_GUARD] = WorkerProcess(argv, tmp_path / "w.sock")
         return runtime
 
     runtime = managed()
