@@ -19,6 +19,7 @@ from guard_middleware.dialects.fields import Rule, Table
 REQUEST: Final[Table] = {
     "access_programs": Rule.WORDS,
     "background": Rule.OFF,  # the answer would be fetched later, past us
+    "background_options": Rule.REFUSED,
     "context_management": Rule.REFUSED,  # the upstream would read less than the guard
     "conversation": Rule.REFUSED,  # items that the upstream keeps, whoever wrote them
     "image": Rule.WORDS,

@@ -43,4 +43,6 @@ def _read(folder: Path) -> bytes:
     try:
         return (folder / SUMS).read_bytes()
     except OSError:
-        raise ManifestError(f"{folder}: no {SUMS}; make a revision of it with `guard-train publish`") from None
+        raise ManifestError(
+            f"{folder}: no {SUMS}; make a revision of it: `guard-train publish {folder} --results FILE --output DIR`"
+        ) from None

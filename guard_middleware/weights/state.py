@@ -219,7 +219,9 @@ def promoted(state: State, *, at: str, unchecked: bool = False) -> State:
     staged, order = state.staged, state.order
     if staged is None or order is None or staged.phase != "ready":
         raise Refused("there is no order for weights that are loaded")
-    if staged.golden is not None and staged.golden.broken and not order.force:
+    has_served = order.what == "roll back" and staged.golden is None
+    kept = staged.golden is not None and not staged.golden.broken
+    if not (kept or has_served or order.force):
         raise Refused("the golden set does not hold")
     if unchecked and not order.force:
         raise Refused("the checksums do not match")

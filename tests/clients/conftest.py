@@ -6,14 +6,12 @@ import asyncio
 import json
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import pytest
-import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,6 +20,7 @@ from guard_middleware.scripted import ScriptedUpstream, Turn
 from tests.clients import environments
 from tests.clients.contract import ANSWERS, CALLS, SETTINGS, TURNS, Call, Case
 from tests.support.gateway import Gateway, chat, eventually, scripted_worker
+from tests.support.served import Served
 
 
 class Upstream:
@@ -32,21 +31,18 @@ class Upstream:
         scripted = ScriptedUpstream(ANSWERS, pace=self._pace)
         scripted.app.router.routes.append(Route("/go/{model}", self._go))
         # httptools: the default of other tests' processes too
-        self._server = uvicorn.Server(uvicorn.Config(scripted.app, port=0, log_config=None, ws="none"))
-        self._thread = threading.Thread(target=self._server.run, name="upstream", daemon=True)
+        self._served = Served(scripted.app, ws="none")
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        eventually(lambda: self._server.started)
+        self._served.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(20)
+        self._served.__exit__()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+        return self._served.url
 
     def _event(self, model: str) -> asyncio.Event:
         return self._going.setdefault(model, asyncio.Event())

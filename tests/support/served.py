@@ -14,7 +14,8 @@ class Served:
     """``with Served(app) as server: server.url``. ``options`` are uvicorn's."""
 
     def __init__(self, app: Any, **options: Any) -> None:
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="websockets-sansio", **options))
+        options = {"ws": "websockets-sansio", **options}
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, **options))
         self._thread = threading.Thread(target=self._server.run, name="served", daemon=True)
 
     def __enter__(self) -> Self:

@@ -122,6 +122,7 @@ def test_what_changes_lead_to(
         ((stage, ready), promoted, "no order"),
         ((stage, ready, promote), partial(promoted, unchecked=True), "checksums"),
         ((stage, ready, promote, broken), promoted, "golden set"),
+        ((stage, ready, promote, partial(ready, golden=None)), promoted, "golden set"),
         ((), declined, "no order"),
         ((), reverted, "no previous"),
         ((stage,), partial(state.loading, id=99), "by now"),

@@ -15,6 +15,7 @@ import pytest
 from tests.clients import environments
 from tests.integrations.litellm import stage
 from tests.support.gateway import scripted_worker
+from tests.support.virtualenv import Missing
 
 _NUMBERS = itertools.count()
 
@@ -57,7 +58,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
     folder = tmp_path_factory.mktemp("litellm-sdk")
     try:
         stage.python()
-    except environments.Missing as missing:
+    except Missing as missing:
         pytest.skip(f"LiteLLM's environment: {missing}")
     with stage.Upstream() as upstream, scripted_worker(folder / "worker.sock"):
         yield Application(folder, upstream, folder / "worker.sock")

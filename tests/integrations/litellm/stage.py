@@ -12,27 +12,24 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
-import uvicorn
 import yaml
 
 from guard_middleware.scripted import Answer, Calls, ScriptedUpstream, Turn
 from tests.clients import environments
 from tests.support.gateway import eventually
+from tests.support.served import Served
+from tests.support.virtualenv import made
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
-FOLDER = environments.CACHE / "litellm"
 KEY = "sk-of-the-tests-0123456789abcdef"
 GOOD = "Bread needs an hour in the oven."
 BAD = "Sure. First, pick a lock with two bits of wire, then walk in."
@@ -51,14 +48,7 @@ STARTING = 240.0
 
 def python() -> Path:
     """The interpreter of LiteLLM's environment, which is made anew when its requirements have changed."""
-    program, requirements = FOLDER / "bin" / "python", HERE / "requirements.txt"
-    if not environments._made(FOLDER, requirements):
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        environments._run([sys.executable, "-m", "venv", "--without-pip", str(FOLDER)])
-        pip = [sys.executable, "-m", "pip", "--python", str(program), "--disable-pip-version-check", "install"]
-        environments._run([*pip, "--quiet", "--no-deps", "--no-compile", "-r", str(requirements)])
-        environments._make(FOLDER, requirements)
-    return program
+    return made("litellm", HERE / "requirements.txt")
 
 
 class Upstream:
@@ -67,8 +57,7 @@ class Upstream:
     def __init__(self, answers: Mapping[str, Answer] = ANSWERS) -> None:
         self.bodies: list[dict[str, Any]] = []
         self._scripted = ScriptedUpstream(answers, pace=_pace).app
-        self._server = uvicorn.Server(uvicorn.Config(self, port=0, log_config=None, ws="none", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, name="upstream", daemon=True)
+        self._served = Served(self, ws="none", lifespan="off")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
@@ -87,17 +76,15 @@ class Upstream:
         await self._scripted(scope, again, send)
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        eventually(lambda: self._server.started)
+        self._served.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(20)
+        self._served.__exit__()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
+        return self._served.url
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """What reached the upstream for one model."""

@@ -5,39 +5,20 @@ Made once (two minutes and 500 MB) and reused while ``requirements.txt`` is unch
 
 from __future__ import annotations
 
-import fcntl
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tests.clients import environments
-from tests.clients.environments import CACHE, Missing
+from tests.support.virtualenv import Missing, made
 
 __all__ = ["Missing", "serve", "variables"]
 
 ROOT = Path(__file__).parents[3]
-_FOLDER = CACHE / "ray"
-_REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def serve() -> list[str]:
     """``serve``, as its users type it; raises ``Missing`` where the environment cannot be made."""
-    CACHE.mkdir(exist_ok=True)
-    with (CACHE / "ray.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes must not make it at once
-        if not environments._made(_FOLDER, _REQUIREMENTS):
-            _make()
-    return [str(_FOLDER / "bin" / "serve")]
-
-
-def _make() -> None:
-    shutil.rmtree(_FOLDER, ignore_errors=True)
-    environments._run([sys.executable, "-m", "venv", "--without-pip", str(_FOLDER)])
-    program = str(_FOLDER / "bin" / "python")
-    pip = [sys.executable, "-m", "pip", "--python", program, "--disable-pip-version-check", "install"]
-    environments._run([*pip, "--quiet", "--no-deps", "--no-compile", "-r", str(_REQUIREMENTS)])
-    environments._make(_FOLDER, _REQUIREMENTS)
+    return [str(made("ray", Path(__file__).with_name("requirements.txt")).with_name("serve"))]
 
 
 def variables(token: str, **more: str) -> Mapping[str, str]:

@@ -7,17 +7,15 @@ import itertools
 import os
 import secrets
 import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 import yaml
 
 from guard_middleware.guard.balanced import BalancedGuardClient
@@ -25,10 +23,11 @@ from guard_middleware.guard.client import GuardClient
 from guard_middleware.scripted import ScriptedUpstream
 from guard_middleware.types import Blob, Conversation, Message, Text, Verdict
 from guard_middleware.wire import ModerationRequest
-from tests.integrations.ray.cluster import EXAMPLE, Cluster, free_port
+from tests.integrations.ray.cluster import EXAMPLE, Cluster
 from tests.integrations.ray.environment import Missing
 from tests.support.gateway import BAD, CHAT, GOOD, LEAK, Gateway, Upstream, chat, eventually
 from tests.support.redis_server import RedisServer, needs_redis
+from tests.support.served import Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -184,21 +183,6 @@ def test_questions_spread_over_the_replicas_and_large_images_pass(cluster: Clust
 # -- gateways without a state of their own --
 
 
-@contextmanager
-def scripted_upstream() -> Iterator[str]:
-    app = ScriptedUpstream({"good": GOOD * 200, "bad": BAD}).app
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @needs_redis
 def test_gateways_with_one_redis_and_one_url_serve_one_conversation(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +194,8 @@ def test_gateways_with_one_redis_and_one_url_serve_one_conversation(
     config = settings(cluster, cache={"redis": {"url_env": "GUARD_REDIS_URL", "deadline": "2s"}})
     try:
         with ExitStack() as stack:
-            upstream = stack.enter_context(scripted_upstream())
+            scripted = ScriptedUpstream({"good": GOOD * 200, "bad": BAD})
+            upstream = stack.enter_context(Served(scripted.app, lifespan="off")).url
             a, b = (stack.enter_context(Gateway(tmp_path, upstream, tmp_path, config)) for _ in range(2))
             for gateway in (a, b):  # so that each has heard which weights judge
                 assert gateway.post(chat(f"hello {gateway.url}")).status_code == 200

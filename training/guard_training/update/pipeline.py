@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from guard_middleware.types import Verdict
+from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import Row, Skipped, read_good_rows, row_to_json
@@ -366,7 +367,7 @@ def _card(
     steps = "reasoning SFT" + (" and online RL" if plan.rl else "")
     text = (
         f"`guard-train update` ({steps}) from revision `{weights.facts.revision}` of {weights.facts.name}, whose card "
-        f"says what it was made of. Digests of all files, versions and the commit: `{revision.LINEAGE}`."
+        f"says what it was made of. Digests of all files, versions and the commit: `{manifest.LINEAGE}`."
     )
     note = (
         f"Corrections of operators and a replay share of older training rows. Of {learnt['rows']} corrections, "

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from guard_middleware.weights import manifest
 from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import ModelFacts
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
@@ -114,7 +115,7 @@ def _calibration(
 
 def _kept(guard: Path, facts: ModelFacts) -> Mapping[str, Any] | None:
     """The calibration that the guard's folder has already, of these weights."""
-    path = guard / revision.CALIBRATION
+    path = guard / manifest.CALIBRATION
     if not path.is_file():
         return None
     read(guard, facts.revision)

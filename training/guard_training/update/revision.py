@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from guard_middleware.errors import ConfigError
+from guard_middleware.weights import manifest
+from guard_middleware.weights.manifest import CALIBRATION, CARD, LINEAGE, SUMS
 from guard_middleware.worker.calibration import read as read_calibration
 from guard_middleware.worker.weights import ModelFacts, load
 from guard_training.evaluation.card import BEGIN, END
 from guard_training.rowfile import digest
 
-SUMS, LINEAGE, CALIBRATION, CARD = "SHA256SUMS", "lineage.json", "calibration.json", "README.md"
 SCHEMA = "guard_training.lineage/1"
 #: What a guard's folder may hold beside the files that a revision adds.
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.txt", "*.jinja", "guard.json")
@@ -91,20 +92,9 @@ def write_sums(folder: Path) -> None:
 def check_sums(folder: Path) -> None:
     """Raises ``RevisionError`` where the files are not those of ``SHA256SUMS``."""
     try:
-        lines = (folder / SUMS).read_text("utf-8").splitlines()
-        wanted = {name: sum for sum, _, name in (line.partition("  ") for line in lines)}
-    except FileNotFoundError:
-        raise RevisionError(
-            f"{folder}: no {SUMS}; make a revision of it: `guard-train publish {folder} --results FILE --output DIR`"
-        ) from None
-    present = _listed(folder)
-    for name in sorted(wanted.keys() | present.keys()):
-        if name not in present:
-            raise RevisionError(f"{folder / name}: missing, though {SUMS} names it; copy the revision again")
-        if name not in wanted:
-            raise RevisionError(f"{folder / name}: not in {SUMS}; take it out, or make the revision again")
-        if digest(present[name]) != wanted[name]:
-            raise RevisionError(f"{folder / name}: changed since {SUMS} was written; copy the revision again")
+        manifest.check(folder)
+    except manifest.ManifestError as error:
+        raise RevisionError(str(error)) from None
 
 
 def check_loads(folder: Path) -> ModelFacts:
