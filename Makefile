@@ -4,9 +4,10 @@ PYTHON ?= python3
 # with the index of your CUDA version in PIP_EXTRA_INDEX_URL.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --progress-bar off
 STAMP := .venv/.stamp
 
-.PHONY: setup demo serve test lint types contract unit bench nano clean
+.PHONY: setup lock demo test lint types contract unit fuzz bench nano clean
 
 setup: $(STAMP)-dev
 
@@ -15,13 +16,18 @@ $(STAMP)-venv:
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	touch $@
 
-$(STAMP)-demo: pyproject.toml $(STAMP)-venv
-	$(BIN)/python -m pip install --quiet --progress-bar off "$(TORCH)" -e ".[demo]"
+$(STAMP)-demo: pyproject.toml constraints.txt $(STAMP)-venv
+	$(INSTALL) -c constraints.txt "$(TORCH)" -e ".[demo]"
 	touch $@
 
-$(STAMP)-dev: pyproject.toml $(STAMP)-venv
-	$(BIN)/python -m pip install --quiet --progress-bar off "$(TORCH)" -e ".[dev]"
+$(STAMP)-dev: pyproject.toml constraints.txt $(STAMP)-venv
+	$(INSTALL) -c constraints.txt "$(TORCH)" -e ".[dev]"
 	touch $@ $(STAMP)-demo
+
+# Newest versions that pyproject.toml allows, written to constraints.txt: run the tests before you commit it.
+lock: $(STAMP)-venv
+	$(INSTALL) --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torch|nvidia|triton|setuptools)' > constraints.txt
 
 # The main job: worker, gateway and a scripted upstream, and a tour through them with the openai SDK.
 demo: $(STAMP)-demo
@@ -42,6 +48,10 @@ contract: $(STAMP)-dev
 
 unit: $(STAMP)-dev
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+# The property tests with examples that were never drawn before.
+fuzz: $(STAMP)-dev
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 bench: $(STAMP)-dev
 	$(BIN)/python tests/bench/overhead.py
