@@ -12,12 +12,14 @@ import pytest
 from opentelemetry import metrics, trace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
 from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
+from guard_middleware import __version__
 from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.telemetry import CONVENTION, GuardSpan, Headers, RequestSpan, Telemetry
@@ -519,6 +521,16 @@ def test_nothing_escapes_from_telemetry_that_raises_on_every_call(
         asyncio.run(telemetry.aclose())
     assert telemetry.failures > 0
     assert len([entry for entry in caplog.records if entry.name == "guard_middleware.telemetry"]) == 1
+
+
+def test_everything_is_emitted_in_the_scope_of_the_project() -> None:
+    recorder, reader = Recorder(), InMemoryMetricReader()
+    one_request(Telemetry(trace_provider(recorder), MeterProvider([reader])))
+    data = reader.get_metrics_data()
+    assert data is not None
+    scopes = [scope.scope for resource in data.resource_metrics for scope in resource.scope_metrics]
+    scopes += [span.instrumentation_scope for span in recorder.exporter.get_finished_spans()]
+    assert {(scope.name, scope.version) for scope in scopes} == {("guard_middleware", __version__)}
 
 
 def test_a_meter_that_raises_does_not_cost_the_spans() -> None:
