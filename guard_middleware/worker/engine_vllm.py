@@ -16,15 +16,15 @@ A prompt that is not to be thought about begins with an empty reasoning, at step
 prefer another token to both labels, which is left to the parser (``worker.brief``). A guard with a form
 (``worker.form``) fills it in within one request (``vllm_form``).
 
-Refuses: engine arguments that the worker itself sets (``ConfigError``); more than ``MAX_IMAGES`` pictures or more
-tokens than the model reads (``GuardError(too_long)``); control tokens that the model writes (``unparseable``).
+Refuses: engine arguments that the worker itself sets (``ConfigError``, by ``vllm_options``); more than ``MAX_IMAGES``
+pictures or more tokens than the model reads (``GuardError(too_long)``); control tokens that the model writes
+(``unparseable``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -46,6 +46,7 @@ from guard_middleware.worker.brief import Brief, Words
 from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.form import Filling, Form
 from guard_middleware.worker.pictures import picture_tokens
+from guard_middleware.worker.vllm_options import MAX_IMAGES, check_stated, engine_arguments
 from guard_middleware.worker.weights import ModelFacts, Weights
 
 # Before vLLM is imported. Its log lines go to the worker's own log, not to stdout, which is the supervisor's; and a
@@ -62,31 +63,14 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
+
+from guard_middleware.worker.vllm_stats import Stats, summed
 
 LEAST_VERSION = (0, 31)
-#: pictures of one prompt; more is ``too_long`` (tests/worker/test_engine_vllm.py). A gateway passes 20 at most
-MAX_IMAGES = 32
 #: tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token
 _TAIL = len(END_THINK) + 4
 #: the extra argument of a request that fills in a form: [answered]
 FORM = "guard_form"
-#: arguments that the engine sets, and what an operator gives instead
-_OWNED = {
-    "model": "--model",
-    "max_num_seqs": "--max-batch",
-    "max_model_len": "max_input_tokens and max_new_tokens in guard.json",
-    "tokenizer": "the model's folder",
-    "skip_tokenizer_init": "nothing",
-    "scheduling_policy": "nothing: it is by priority",
-    "logits_processors": "form in guard.json",
-    "logprobs_mode": "nothing",
-    "worker_extension_cls": "nothing",
-    "limit_mm_per_prompt": "nothing",
-    "mm_processor_kwargs": "min_pixels and max_pixels in guard.json",
-    "reasoning_parser": "nothing",
-    "reasoning_config": "nothing",
-}
 _REQUEST = "Answers:\nRequest:"
 _REASONED = re.compile(rf"\s*{THINK}((?!</?think>|<result>).)*{END_THINK}\s*{RESULT}\s*", re.DOTALL)
 
@@ -141,48 +125,26 @@ class VllmEngine:
             raise ConfigError("the labels begin with the same token", path=str(weights.folder))
         self._verdict_tokens = len(self._encode(f"{_REQUEST} unharmful\nResponse: unharmful\n{END_RESULT}"))
         self._form = Form(facts.form, self._tokenizer) if facts.form else None
-        self._stats: dict[int, _Stats] = {}
+        self._stats: dict[int, Stats] = {}
         self._llm = self._start(args or {})
 
     def _start(self, args: Mapping[str, Any]) -> AsyncLLM:
-        facts = self._weights.facts
-        known = {f.name for f in dataclasses.fields(AsyncEngineArgs)}
-        for name in args:
-            if name in _OWNED:
-                raise ConfigError(
-                    "the worker sets this one itself", path=f"--vllm-arg {name}", remedy=f"use {_OWNED[name]}"
-                )
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 3)
-                raise ConfigError(
-                    "vLLM has no such engine argument",
-                    path=f"--vllm-arg {name}",
-                    remedy=f"did you mean {' or '.join(near)}?" if near else "see vLLM's engine arguments",
-                )
-        ours: dict[str, Any] = {
-            "model": str(self._weights.folder),
-            "max_num_seqs": self.max_batch,
-            "max_model_len": self._limit,
-            "scheduling_policy": "priority",
-            "worker_extension_cls": "guard_middleware.worker.vllm_end.Extension",
-            "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
-            "mm_processor_kwargs": {"size": {"shortest_edge": facts.min_pixels, "longest_edge": facts.max_pixels}},
-        }
-        defaults: dict[str, Any] = {
-            "served_model_name": facts.name,
-            "enable_prefix_caching": True,
-            "disable_log_stats": True,
-            "dtype": "float32" if current_platform.is_cpu() else "bfloat16",
-        }
+        check_stated(args, {f.name for f in dataclasses.fields(AsyncEngineArgs)})
+        processors = self._processors()
+        arguments = engine_arguments(
+            self._weights,
+            args,
+            max_batch=self.max_batch,
+            limit=self._limit,
+            dtype="float32" if current_platform.is_cpu() else "bfloat16",
+            processors=processors,
+        )
         os.environ["GUARD_MIDDLEWARE_WORKER_PID"] = str(os.getpid())
-        if self._processors():
+        if processors:
             # They are written for the first model runner.
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-            ours["logits_processors"] = self._processors()
         try:
-            return AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**{**defaults, **args, **ours}), stat_loggers=[self._stat_logger]
-            )
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._stat_logger])
         except Exception as error:
             raise ConfigError(f"vLLM cannot start: {error}", path=str(self._weights.folder)) from error
 
@@ -208,7 +170,7 @@ class VllmEngine:
 
     def gauges(self) -> Mapping[str, float]:
         """vLLM's own figures, summed over its data-parallel ranks (shares: averaged)."""
-        return _summed(list(self._stats.values()))
+        return summed(list(self._stats.values()))
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
@@ -375,8 +337,8 @@ class VllmEngine:
         images, names = zip(*decoded, strict=True)
         return _Pictures(images, names, sum(counts) - len(counts))
 
-    def _stat_logger(self, config: Any, engine_index: int = 0) -> StatLoggerBase:
-        self._stats[engine_index] = stats = _Stats(config, engine_index)
+    def _stat_logger(self, config: Any, engine_index: int = 0) -> Stats:
+        self._stats[engine_index] = stats = Stats(config, engine_index)
         return stats
 
 
@@ -392,49 +354,6 @@ class _Pictures:
     images: tuple[Image.Image, ...]
     names: tuple[str, ...]
     extra_tokens: int
-
-
-class _Stats(StatLoggerBase):  # type: ignore[misc]  # vLLM is not there where this is checked
-    """Keeps vLLM's latest figures of one rank."""
-
-    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        self.now = {"running": 0.0, "waiting": 0.0, "kv_cache_usage": 0.0}
-        self.total = {
-            "preemptions": 0.0,
-            "prefix_tokens": 0.0,
-            "prefix_hit_tokens": 0.0,
-            "images": 0.0,
-            "image_hits": 0.0,
-        }
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        if scheduler_stats is not None:
-            self.now = {
-                "running": scheduler_stats.num_running_reqs,
-                "waiting": scheduler_stats.num_waiting_reqs,
-                "kv_cache_usage": scheduler_stats.kv_cache_usage,
-            }
-            self.total["prefix_tokens"] += scheduler_stats.prefix_cache_stats.queries
-            self.total["prefix_hit_tokens"] += scheduler_stats.prefix_cache_stats.hits
-        if iteration_stats is not None:
-            self.total["preemptions"] += iteration_stats.num_preempted_reqs
-        if mm_cache_stats is not None:
-            self.total["images"] += mm_cache_stats.queries
-            self.total["image_hits"] += mm_cache_stats.hits
-
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
-
-
-def _summed(ranks: Sequence[_Stats]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for rank in ranks:
-        for name, value in (*rank.now.items(), *rank.total.items()):
-            share = value / len(ranks) if name == "kv_cache_usage" else value
-            figures[f"vllm_{name}"] = figures.get(f"vllm_{name}", 0.0) + share
-    return figures
 
 
 def _greedy(**options: Any) -> SamplingParams:
