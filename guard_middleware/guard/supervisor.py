@@ -2,7 +2,8 @@
 
 The child's stdin is a pipe that is never written: with ``--exit-with-parent`` the worker leaves when the pipe
 closes, which happens however this process dies. Its output is passed on line by line as events, and the last
-lines of stderr are kept, so that a worker that cannot start says why.
+lines of stderr are kept, so that a worker that cannot start says why. It is ready when it says so itself, on its own
+stdout: whoever else listens at its socket may be anybody.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TAIL_LINES = 30
 _LINE_BYTES = 64 * 1024
+#: how a worker's line begins that says that it can moderate
+_READY = "worker ready "
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,15 @@ def worker_command(
     return [*command, "--exit-with-parent", *(["--threads", str(threads)] if threads is not None else []), *options]
 
 
+async def _nothing_against_it() -> str | None:
+    return None
+
+
 class WorkerProcess:
     """One supervised worker. ``argv`` is the whole command; ``socket`` the address that it then serves.
 
     A worker that was ready and then does not answer ``/health`` for ``hung_after`` seconds is killed and restarted.
+    ``check`` says before each restart what speaks against it, None for nothing; it is asked again after the next delay.
     """
 
     def __init__(
@@ -66,17 +74,19 @@ class WorkerProcess:
         socket: str | Path,
         *,
         on_event: Callable[[WorkerEvent], None] | None = None,
+        check: Callable[[], Awaitable[str | None]] = _nothing_against_it,
         backoff: Backoff | None = None,
         grace: float = 5.0,
         hung_after: float = 30.0,
     ) -> None:
         self._argv, self._client = list(argv), GuardClient(socket)
-        self._on_event = on_event or (lambda event: None)
+        self._on_event, self._check = on_event or (lambda event: None), check
         self._backoff, self._grace, self._hung_after = backoff or Backoff(), grace, hung_after
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._ready = asyncio.Event()
+        self._ready_at: float | None = None
         self._exited = asyncio.Event()
         self._stopping = False
         self.restarts = 0
@@ -149,6 +159,11 @@ class WorkerProcess:
             while True:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, self._backoff.limit)
+                against = await self._check()
+                if against is not None:
+                    logger.error("the guard worker is not started again: %s; next attempt in %.1f s", against, delay)
+                    self._tail.append(against)
+                    continue
                 try:
                     await self._spawn()
                     break
@@ -162,30 +177,28 @@ class WorkerProcess:
         assert process.stdout is not None
         assert process.stderr is not None
         loop = asyncio.get_running_loop()
+        self._ready_at = None
         output = [
-            asyncio.create_task(self._pass_on(process.pid, process.stdout, None)),
-            asyncio.create_task(self._pass_on(process.pid, process.stderr, self._tail)),
+            asyncio.create_task(self._pass_on(process.pid, process.stdout, self._hear)),
+            asyncio.create_task(self._pass_on(process.pid, process.stderr, lambda pid, line: self._tail.append(line))),
         ]
-        poll = asyncio.create_task(self._poll_ready(process.pid))
         probe = asyncio.create_task(self._kill_if_hung(process))
         try:
             await process.wait()
+            ended = loop.time()
             await asyncio.wait(output, timeout=0.5)  # a grandchild may hold the pipes open
-            return loop.time() - poll.result() if poll.done() else 0.0
+            return 0.0 if self._ready_at is None else ended - self._ready_at
         finally:
             self._ready.clear()
             self._exited.set()
-            for task in (*output, poll, probe):
+            for task in (*output, probe):
                 task.cancel()
 
-    async def _poll_ready(self, pid: int) -> float:
-        pause = 0.02
-        while not await self._client.ready():
-            await asyncio.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
-        self._ready.set()
-        self._emit(WorkerEvent("ready", pid))
-        return asyncio.get_running_loop().time()
+    def _hear(self, pid: int, line: str) -> None:
+        if line.startswith(_READY) and self._ready_at is None:
+            self._ready_at = asyncio.get_running_loop().time()
+            self._ready.set()
+            self._emit(WorkerEvent("ready", pid))
 
     async def _kill_if_hung(self, process: asyncio.subprocess.Process) -> None:
         await self._ready.wait()
@@ -200,7 +213,7 @@ class WorkerProcess:
                 process.kill()
                 return
 
-    async def _pass_on(self, pid: int, stream: asyncio.StreamReader, tail: deque[str] | None) -> None:
+    async def _pass_on(self, pid: int, stream: asyncio.StreamReader, hear: Callable[[int, str], None]) -> None:
         while True:
             try:
                 line = await stream.readline()
@@ -209,9 +222,8 @@ class WorkerProcess:
             if not line:
                 return
             text = line.decode("utf-8", "replace").rstrip()
-            if tail is not None:
-                tail.append(text)
             self._emit(WorkerEvent("log", pid, line=text))
+            hear(pid, text)
 
     def _emit(self, event: WorkerEvent) -> None:
         try:

@@ -176,6 +176,44 @@ def test_a_worker_that_cannot_start_says_why(tmp_path):
     run(main())
 
 
+def test_a_worker_of_somebody_else_at_its_socket_is_not_taken_for_ours(tmp_path):
+    async def main():
+        path = tmp_path / "w.sock"
+        async with worker_of(scripted(path), path) as (theirs, _):
+            await theirs.wait_ready(20)
+            async with worker_of(scripted(path), path) as (ours, events):
+                with pytest.raises(GuardError, match="exited before it was ready"):
+                    await ours.wait_ready(20)
+                await until(lambda: kinds(events).count("exited") == 2)
+            assert "ready" not in kinds(events)
+
+    run(main())
+
+
+def test_a_worker_is_not_started_again_while_something_speaks_against_it(tmp_path):
+    async def main():
+        against, asked = ["its files have changed"], []
+
+        async def check():
+            asked.append(against[0])
+            return against[0]
+
+        path = tmp_path / "w.sock"
+        async with worker_of(scripted(path), path, check=check) as (worker, events):
+            await worker.wait_ready(20)
+            assert asked == []
+            os.kill(worker.pid, signal.SIGKILL)
+            await until(lambda: len(asked) == 2)
+            assert kinds(events) == ["started", "ready", "exited"]
+            with pytest.raises(GuardError, match="its files have changed"):
+                await worker.wait_ready(5)
+            against[0] = None
+            await until(lambda: worker.restarts == 1)
+            await worker.wait_ready(20)
+
+    run(main())
+
+
 def test_a_worker_that_takes_too_long_says_how_far_it_came(tmp_path):
     async def main():
         code = "import sys, time; print('fetching weights', file=sys.stderr, flush=True); time.sleep(60)"
