@@ -106,10 +106,32 @@ def test_a_resumed_run_goes_on_counting_and_comparing() -> None:
     assert "length_runaway for 2 rollouts" in (second.over or "")
 
 
+@pytest.mark.parametrize(
+    ("limits", "over"),
+    [
+        (Limits(patience=2), True),
+        (Limits(patience=2, length_ratio=9), False),
+        (Limits(patience=3), False),
+        # rang once by the limits of then, twice by those of now
+        (Limits(patience=2, length_ratio=1.1), True),
+    ],
+)
+def test_a_run_that_an_alarm_stopped_goes_on_only_with_other_limits(limits: Limits, over: bool) -> None:
+    watch = Watch(Limits(patience=2))
+    history = [watch(measure(_changed(tokens=tokens))) for tokens in (20, 24, 100, 100)]
+    stop = StopWhenHacked(Watch(limits), updates_per_rollout=2)
+    state = SimpleNamespace(log_history=history, global_step=8)
+    if over:
+        with pytest.raises(RewardHacked, match=r"length_runaway for \d rollouts.*out/checkpoint-8"):
+            stop.on_train_begin(SimpleNamespace(output_dir="out"), state, None)
+    else:
+        stop.on_train_begin(SimpleNamespace(output_dir="out"), state, None)
+
+
 def test_the_run_ends_with_a_checkpoint_at_the_end_of_the_rollout() -> None:
     watch = Watch(Limits(patience=1))
     stop = StopWhenHacked(watch, updates_per_rollout=2)
-    stop.on_train_begin(None, SimpleNamespace(log_history=[]), None)
+    stop.on_train_begin(SimpleNamespace(output_dir="out"), SimpleNamespace(log_history=[], global_step=0), None)
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     stop.on_step_end(None, SimpleNamespace(global_step=2), control)
     stop.raise_if_over("x")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from guard_middleware.guard.parse import completion
-from guard_training.corpus.rows import Row, Skipped
+from guard_training.corpus.rows import Row, Skipped, row_to_json
+from guard_training.rowfile import OutputError
 from guard_training.tuning.alarms import Limits, RewardHacked
 from guard_training.tuning.clipping import bound
 from guard_training.tuning.contract import Contract, load_contract, load_model
@@ -23,6 +25,7 @@ from guard_training.tuning.reward import Shape
 from guard_training.tuning.rollout import RowProcessor, collapse, question
 from guard_training.tuning.scoring import SafetyReward
 from guard_training.tuning.settings import LoraSettings, RecipeError, read_settings, recipe_path
+from tests.tiny_model import make_folder
 
 #: The random guard has no form to keep, so nothing here may ring by itself.
 QUIET = Limits(
@@ -225,22 +228,43 @@ def test_texts_are_kept_where_asked_for(rows: list[Row], tmp_path: Path) -> None
     assert [sample.right for sample in reward.samples] == [1.0, 0.0]
 
 
-def _train(recipe: GrpoSettings, rows: Sequence[Row], output: Path, **kwargs: Any) -> Path:
-    console = Console(quiet=True)
-    return train(recipe, recipe.model, rows, output, Skipped(), console=console, cpu=True, **kwargs)
+def _train(recipe: GrpoSettings, rows: Sequence[Row], output: Path) -> Path:
+    folder = next(row.image.parent for row in rows if row.image)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row_to_json(row, folder)) + "\n" for row in rows))
+    return train(recipe, recipe.model, data, rows, output, Skipped(), console=Console(quiet=True), cpu=True)
 
 
 def test_an_alarm_stops_the_run_with_a_checkpoint_and_a_changed_limit_lets_it_go_on(
     recipe: GrpoSettings, rows: list[Row], tmp_path: Path
 ) -> None:
-    with pytest.raises(RewardHacked, match=r"format_drift for 2 rollouts in a row.*checkpoint-4"):
-        _train(replace(recipe, alarms=replace(QUIET, format_min=0.5, patience=2)), rows, tmp_path)
+    for _ in range(2):
+        with pytest.raises(RewardHacked, match=r"format_drift for 2 rollouts in a row.*checkpoint-4"):
+            _train(replace(recipe, alarms=replace(QUIET, format_min=0.5, patience=2)), rows, tmp_path)
+    assert not (tmp_path / "checkpoint-6").exists()
     assert not (tmp_path / "model").exists()
     folder = _train(recipe, rows, tmp_path)
     assert load_contract(str(folder)).facts.name == "model"
     assert _train(recipe, rows, tmp_path) == folder
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(OutputError, match=r"other settings \(temperature\)"):
         _train(replace(recipe, temperature=1.0), rows, tmp_path)
+
+
+def test_a_run_goes_on_with_the_same_rows_and_weights_only(
+    recipe: GrpoSettings, rows: list[Row], tmp_path: Path
+) -> None:
+    guard = make_folder(tmp_path / "guard")
+    recipe = replace(recipe, model=str(guard))
+    _train(recipe, rows[:4], tmp_path / "out")
+    other = [replace(rows[0], request="harmful"), *rows[1:4]]
+    with pytest.raises(OutputError, match=r"other settings \(data\)"):
+        _train(recipe, other, tmp_path / "out")
+    moved = guard.rename(tmp_path / "moved")
+    assert _train(replace(recipe, model=str(moved)), rows[:4], tmp_path / "out") == tmp_path / "out" / "model"
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, moved / "model.safetensors")
+    with pytest.raises(OutputError, match=r"other settings \(model\)"):
+        _train(replace(recipe, model=str(moved)), rows[:4], tmp_path / "out")
 
 
 def test_a_guard_with_a_reader_is_trained_on_what_it_reads(

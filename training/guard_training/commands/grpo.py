@@ -88,6 +88,7 @@ def run(given: argparse.Namespace) -> None:
         folder = train(
             recipe,
             given.model or recipe.model,
+            given.rows,
             rows,
             given.output,
             skipped,

@@ -131,14 +131,15 @@ class Watch:
         return {**{f"{PREFIX}{name}": value for name, value in values.items()}, **counts}
 
     def restore(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Takes up a stopped run from its log history."""
-        entries = [entry for entry in history if f"{PREFIX}format" in entry]
-        for entry in entries:
-            for name, value in entry.items():
-                if name.startswith(PREFIX) and not name.startswith(RUNG) and value is not None:
-                    self.first.setdefault(name.removeprefix(PREFIX), value)
-        if entries:
-            self.rung = Counter({alarm: int(entries[-1].get(f"{RUNG}{alarm}") or 0) for alarm in ALARMS})
+        """Takes up a stopped run from its log history: what rang in it is judged anew, by the limits of now."""
+        for entry in history:
+            measured = {
+                name.removeprefix(PREFIX): value
+                for name, value in entry.items()
+                if name.startswith(PREFIX) and not name.startswith(RUNG) and value is not None
+            }
+            if measured:
+                self(measured)
 
     @property
     def over(self) -> str | None:
@@ -152,7 +153,8 @@ class Watch:
 class StopWhenHacked(TrainerCallback):
     """Ends the run at the end of a rollout in which an alarm was over its patience, with a checkpoint.
 
-    Stopping inside a rollout would leave a checkpoint from which the rollout could not be repeated.
+    Stopping inside a rollout would leave a checkpoint from which the rollout could not be repeated. Raises
+    ``RewardHacked`` where a run would go on from such a checkpoint with limits that still ring.
     """
 
     def __init__(self, watch: Watch, updates_per_rollout: int) -> None:
@@ -160,6 +162,7 @@ class StopWhenHacked(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.watch.restore(state.log_history)
+        self.raise_if_over(f"{args.output_dir}/checkpoint-{state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.watch.over and state.global_step % self._updates == 0:

@@ -11,7 +11,6 @@ under FSDP or ZeRO-3 with rows of both modalities (ranks without images would wa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ from trl import GRPOConfig
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import begin
+from guard_training.rowfile import begin, digest
 from guard_training.tuning.alarms import Limits, StopWhenHacked, Watch, measure
 from guard_training.tuning.clipping import FLOOR, DynamicClipping
 from guard_training.tuning.contract import Contract, load_contract, load_model, pictures
@@ -275,6 +274,7 @@ def build(
 def train(
     recipe: GrpoSettings,
     guard: str,
+    data: Path,
     rows: Sequence[Row],
     output: Path,
     skipped: Skipped,
@@ -284,19 +284,20 @@ def train(
     raw: bool = False,
     cpu: bool = False,
 ) -> Path:
-    """Trains ``guard`` (nano, a folder or a hub id) and returns the folder of the new guard, ``output/model``.
+    """Trains ``guard`` (nano, a folder or a hub id) on the rows of ``data``; returns the new one's, ``output/model``.
 
-    ``read`` reads an image's bytes, for a recipe with ``reader``. Raises ``RewardHacked`` where an alarm stopped it.
+    ``read`` reads an image's bytes, for a recipe with ``reader``. Raises ``RewardHacked`` where an alarm stopped it,
+    ``OutputError`` for a folder that was begun with another recipe, other data or other weights.
     """
+    contract = load_contract(guard, max_pixels=recipe.max_pixels)
     # the alarms may change: a run that one stopped goes on with another limit
     settings = {key: value for key, value in asdict(recipe).items() if key != "alarms"}
-    ids = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
-    begin(output / "run", {**settings, "guard": guard, "rows of": ids})
+    settings |= {"model": contract.facts.revision, "data": digest(data)}
+    begin(output / "run", settings)
     folder, last = output / "model", last_checkpoint(output)
     if (folder / "guard.json").is_file():
         console.print(f"{folder} is finished")
         return folder
-    contract = load_contract(guard, max_pixels=recipe.max_pixels)
     reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
     chosen = select(recipe, contract, rows, skipped, reader)
     args = arguments(recipe, output, len(chosen.rows), cpu=cpu)
