@@ -9,10 +9,13 @@ score reaches the policy's threshold, so that one verdict of an ensemble decides
     all              an error of any member is the outcome
                      else harmful where every one says so
     first_confident  in order: the first whose score is at most ``confident[0]`` or at least ``confident[1]`` decides;
-                     an error is no confidence; the last one asked decides alone, its error included
+                     an error is no confidence, but for one that the content provokes, which decides;
+                     the last one asked decides alone, its error included
 
-So no member's error is ever taken for *unharmful*. Of several errors one that the content provokes counts first, since
-policies block it whatever else they let pass.
+So no member's error is ever taken for *unharmful*. Nor does an error undo what was found: where it would be the outcome
+and somebody asked before says harmful, the outcome is harmful, so that a policy which lets errors pass does not let
+this pass. Of several errors one that the content provokes counts first, since policies block it whatever else they let
+pass.
 """
 
 from __future__ import annotations
@@ -46,29 +49,51 @@ def combine(ensemble: Ensemble, threshold: float, source: Source, said: Mapping[
     Never one that a later answer would decide otherwise. Scores are those that policy counts (``policy.risk``).
     """
     known = {name: _usable(said[name], source) for name in ensemble.of if name in said}
-    verdicts = {name: one for name, one in known.items() if isinstance(one, Verdict)}
-    errors = {name: one for name, one in known.items() if isinstance(one, GuardError)}
     if ensemble.rule == "first_confident":
-        return _first_confident(ensemble, source, known)
+        return _first_confident(ensemble, threshold, source, known)
+    verdicts = _verdicts(known)
     if ensemble.rule == "any" and any(_risk(one, source) >= threshold for one in verdicts.values()):
         return _merged(ensemble, verdicts)
     if len(known) < len(ensemble.of):
         return None
-    return _failed(errors) if errors else _merged(ensemble, verdicts)
+    return _merged(ensemble, verdicts) if len(verdicts) == len(known) else _broken(ensemble, threshold, source, known)
 
 
-def _first_confident(ensemble: Ensemble, source: Source, known: Mapping[str, Outcome]) -> Outcome | None:
+def _first_confident(
+    ensemble: Ensemble, threshold: float, source: Source, known: Mapping[str, Outcome]
+) -> Outcome | None:
+    asked: dict[str, Outcome] = {}
+    for name in ensemble.of:
+        if name not in known:
+            return None
+        asked[name] = one = known[name]
+        last = name == ensemble.of[-1]
+        if isinstance(one, GuardError):
+            if last or one.kind in PROVOKED:
+                return _broken(ensemble, threshold, source, asked)
+        elif last or _confident(ensemble, one, source):
+            return _merged(ensemble, _verdicts(asked), decider=one)
+    raise AssertionError
+
+
+def _confident(ensemble: Ensemble, verdict: Verdict, source: Source) -> bool:
+    """A label without a score is none."""
     assert ensemble.confident is not None
     low, high = ensemble.confident
-    for name in ensemble.of:
-        one = known.get(name)
-        if one is None:
-            return None
-        last = name == ensemble.of[-1]
-        if isinstance(one, Verdict) and (last or not low < _risk(one, source) < high):
-            asked = {n: v for n, v in known.items() if isinstance(v, Verdict)}
-            return _merged(ensemble, asked, decider=one)
-    return _failed({name: one for name, one in known.items() if isinstance(one, GuardError)})
+    return verdict.score(source) is not None and not low < _risk(verdict, source) < high
+
+
+def _broken(ensemble: Ensemble, threshold: float, source: Source, asked: Mapping[str, Outcome]) -> Outcome:
+    """What becomes of an error among those who were ``asked``: harm that one of them found, else the error."""
+    verdicts = _verdicts(asked)
+    worst = max(verdicts.values(), key=lambda one: _risk(one, source), default=None)
+    if worst is not None and _risk(worst, source) >= threshold:
+        return _merged(ensemble, verdicts, decider=worst)
+    return _failed({name: one for name, one in asked.items() if isinstance(one, GuardError)})
+
+
+def _verdicts(known: Mapping[str, Outcome]) -> dict[str, Verdict]:
+    return {name: one for name, one in known.items() if isinstance(one, Verdict)}
 
 
 def _usable(outcome: Outcome, source: Source) -> Outcome:

@@ -86,17 +86,20 @@ TABLE = [
     ("hardly yes", "harmful unharmful harmful"),
     ("hardly hardly", "unharmful unharmful unharmful"),
     ("maybe hardly", "harmful unharmful unharmful"),
-    ("yes late", "harmful timeout harmful"),
-    ("late yes", "harmful timeout harmful"),
+    ("yes late", "harmful harmful harmful"),
+    ("late yes", "harmful harmful harmful"),
     ("no late", "timeout timeout unharmful"),
     ("late no", "timeout timeout unharmful"),
     ("hardly late", "timeout timeout timeout"),
-    ("maybe late", "harmful timeout timeout"),
+    ("maybe late", "harmful harmful harmful"),
     ("down late", "timeout timeout timeout"),
     ("late down", "unavailable unavailable unavailable"),
     ("long late", "too_long too_long too_long"),
     ("late long", "too_long too_long too_long"),
-    ("long no", "too_long too_long unharmful"),
+    ("late maybe", "harmful harmful harmful"),
+    ("maybe long", "harmful harmful harmful"),
+    ("long no", "too_long too_long too_long"),
+    ("long yes", "harmful harmful too_long"),
     ("- -", "open open open"),
     ("yes -", "harmful open harmful"),
     ("- yes", "harmful open open"),
@@ -105,6 +108,7 @@ TABLE = [
     ("maybe -", "harmful open open"),
     ("hardly -", "open open open"),
     ("late -", "open open open"),
+    ("long -", "open open too_long"),
     ("- late", "open open open"),
 ]
 
@@ -115,6 +119,19 @@ def test_what_a_rule_makes_of_two_guards(given: str, expected: str) -> None:
     known = {name: outcome for name, outcome in said.items() if outcome is not None}
     found = [word(combined(rules(rule), known)) for rule in ("any", "all", "first_confident")]
     assert " ".join(found) == expected
+
+
+@pytest.mark.parametrize("rule", ["any", "all", "first_confident"])
+def test_harm_that_was_found_does_not_pass_where_a_later_error_would(rule: str) -> None:
+    policy = rules(rule, on_error="allow_unscreened")
+    outcome = combined(policy, {"a": says(0.6), "b": GuardError("timeout")})
+    assert outcome is not None
+    assert action(policy, "input", outcome) is Action.BLOCK
+
+
+def test_a_label_without_a_score_is_not_confident() -> None:
+    bare = replace(says(0.95), response="unharmful", response_score=None)
+    assert word(combined(rules("first_confident"), {"a": bare}, "output")) == "open"
 
 
 def test_a_guard_that_finds_harm_below_the_threshold_does_not_outvote_an_error() -> None:
