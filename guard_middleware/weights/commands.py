@@ -215,7 +215,7 @@ def _stage(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
 
 
 def _unstage(directory: WeightsDirectory, arguments: argparse.Namespace) -> int:
-    directory.update(partial(state.unstage, by=_who(), at=now()))
+    directory.update(partial(state.unstage, by=_who(), at=now(), followed=directory.followed()))
     print("nothing is staged")
     return 0
 

@@ -75,7 +75,7 @@ class WeightsDirectory:
 
     def update(self, change: Callable[[State], State]) -> State:
         """The state after ``change``, on the disk; raises what ``change`` raises, and then nothing has changed."""
-        with self._locked("state.lock", block=True):
+        with self._locked("state.lock", fcntl.LOCK_EX):
             before = self.read()
             after = change(before)
             if after != before:
@@ -89,7 +89,7 @@ class WeightsDirectory:
         with contextlib.ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(self._locked("gateway.lock", block=False))
+                    stack.enter_context(self._locked("gateway.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
                     break
                 except BlockingIOError:
                     if time.monotonic() > end:
@@ -104,7 +104,7 @@ class WeightsDirectory:
     def followed(self) -> bool:
         """Whether a gateway follows the directory now."""
         try:
-            with self._locked("gateway.lock", block=False):
+            with self._locked("gateway.lock", fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared: those who ask do not collide
                 return False
         except BlockingIOError:
             return True
@@ -135,7 +135,7 @@ class WeightsDirectory:
             os.close(directory)
 
     @contextlib.contextmanager
-    def _locked(self, name: str, *, block: bool) -> Iterator[None]:
+    def _locked(self, name: str, how: int) -> Iterator[None]:
         try:
             lock = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -143,7 +143,7 @@ class WeightsDirectory:
                 f"cannot be written ({error.strerror})", path=str(self.folder), remedy="let this user write there"
             ) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+            fcntl.flock(lock, how)
             yield
         finally:
             os.close(lock)

@@ -1,6 +1,6 @@
 """``SHA256SUMS`` of a revision's folder, as ``guard-train publish`` writes it and ``sha256sum -c`` reads it.
 
-Refuses (``ManifestError``): no checksums, a file that is missing, changed or not named there, a name that leads out
+Refuses (``ManifestError``): no checksums, none that are text, a file that is missing, changed or not named there, a name that leads out
 of the folder.
 """
 
@@ -26,7 +26,11 @@ def fingerprint(folder: Path) -> str:
 def check(folder: Path) -> str:
     """Compares every file of the folder; returns ``fingerprint``. Takes about a second per 2 GB."""
     data = _read(folder)
-    wanted = {name: sum for sum, _, name in (line.partition("  ") for line in data.decode("utf-8").splitlines())}
+    try:
+        lines = data.decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ManifestError(f"{folder / SUMS}: is no text; copy the revision again") from None
+    wanted = {name: sum for sum, _, name in (line.partition("  ") for line in lines)}
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {SUMS}
     for name in sorted(wanted.keys() | present):
         if name not in wanted:

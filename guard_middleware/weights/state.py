@@ -112,19 +112,28 @@ class State:
 
 
 def stage(state: State, revision: Revision, *, by: str, at: str, why: str = "") -> State:
-    """Tries ``revision`` beside the active one; it takes the place of what was staged."""
+    """Tries ``revision`` beside the active one; it takes the place of what was staged. A folder that serves, or served
+    before, keeps its files: without them there would be no way back."""
     _free(state)
     if _same(revision, state.active):
         raise Refused(f"{revision.name} is active already")
+    for used in (state.active, state.previous):
+        if used is not None and used.model == revision.model and used.sums not in (None, revision.sums):
+            raise Refused(
+                f"the files in {used.model} are others than those of {used.says()}, which was promoted from there; put "
+                "them back, and stage the new ones from a folder of their own"
+            )
     staged = Staged(_next_id(state), revision)
     return replace(state, staged=staged).noted(at, by, "staged", revision, why)
 
 
-def unstage(state: State, *, by: str, at: str) -> State:
-    _free(state)
+def unstage(state: State, *, by: str, at: str, followed: bool = True) -> State:
+    """``followed`` False: no gateway is there to carry out an order, which is dropped too."""
+    if followed:
+        _free(state)
     if state.staged is None:
         raise Refused("nothing is staged")
-    return replace(state, staged=None).noted(at, by, "unstaged", state.staged.revision)
+    return replace(state, staged=None, order=None).noted(at, by, "unstaged", state.staged.revision)
 
 
 def promote(state: State, *, by: str, at: str, force: bool = False) -> State:

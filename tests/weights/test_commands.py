@@ -108,6 +108,20 @@ def test_without_a_gateway_force_and_rollback_say_what_the_next_start_serves(wei
     assert (found.active.model, found.previous and found.previous.name) == ("nano", "new")
 
 
+def test_without_a_gateway_an_order_that_nobody_carries_out_can_be_taken_back(weights: Operator) -> None:
+    revision(weights.folder, "new")
+    weights("stage", "new")
+    for change in (
+        partial(state.ready, id=1, revision="r-new", golden=Golden(27)),
+        partial(state.promote, by="ada"),
+    ):
+        weights.directory.update(partial(change, at=now()))
+    assert weights("stage", "new") == 2
+    assert weights("unstage") == 0
+    assert (weights.state.staged, weights.state.order) == (None, None)
+    assert weights("stage", "new") == 0
+
+
 def test_list_shows_revisions_roles_the_trial_and_what_was_done(weights: Operator) -> None:
     folder = revision(weights.folder, "new")
     (folder / "lineage.json").write_text(json.dumps({"revision": "r-new", "made": "2026-11-20T08:00:00+00:00"}))

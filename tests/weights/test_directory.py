@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -44,6 +45,7 @@ def test_the_checksums_of_guard_train_are_read(tmp_path: Path) -> None:
         ("model.py", "x", "model.py: not in SHA256SUMS"),
         ("sub/model.py", "x", r"sub/model.py: not in SHA256SUMS"),
         ("SHA256SUMS", None, "no SHA256SUMS"),
+        ("SHA256SUMS", "\udcff\n", "SHA256SUMS: is no text"),
         ("SHA256SUMS", f"{'0' * 64}  ../x\n", "missing|not in"),
     ],
 )
@@ -52,7 +54,7 @@ def test_a_folder_that_is_not_what_its_checksums_name_is_refused(
 ) -> None:
     folder = revision(tmp_path, "new")
     (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    (folder / name).unlink() if text is None else (folder / name).write_text(text, errors="surrogateescape")
     with pytest.raises(manifest.ManifestError, match=why):
         manifest.check(folder)
 
@@ -144,6 +146,14 @@ def test_one_follower_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="another gateway"), directory.following(seconds=0.1):
             pass
     assert not directory.followed()
+
+
+def test_those_who_ask_whether_a_gateway_follows_do_not_take_each_other_for_one(tmp_path: Path) -> None:
+    directory = WeightsDirectory(tmp_path, "nano")
+    with directory._locked("gateway.lock", fcntl.LOCK_SH):  # as one who asks at this very moment
+        assert not directory.followed()
+        with pytest.raises(ConfigError, match="another gateway"), directory.following(seconds=0.1):
+            pass
 
 
 def test_a_revision_is_found_by_its_name_or_its_path(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ promote = partial(state.promote, by=BY, at=AT)
 force = partial(state.promote, by=BY, at=AT, force=True)
 roll_back = partial(state.roll_back, by=BY, at=AT)
 unstage = partial(state.unstage, by=BY, at=AT)
+unstage_alone = partial(unstage, followed=False)
+stage_old = partial(state.stage, revision=OLD, by=BY, at=AT)
 promoted = partial(state.promoted, at=AT)
 recovered = partial(state.recovered, at=AT)
 reverted = partial(state.reverted, why="exited", at=AT)
@@ -71,6 +73,9 @@ SERVES_NEW = (stage, ready, promote, promoted)
         ((stage,), "old", None, "new", None, "staged"),
         ((stage, stage), "old", None, "new", None, "staged"),
         ((stage, unstage), "old", None, None, None, "unstaged"),
+        ((stage, ready, promote, unstage_alone), "old", None, None, None, "unstaged"),
+        ((*SERVES_NEW, roll_back, unstage_alone), "new", "old", None, None, "unstaged"),
+        ((*SERVES_NEW, stage_old), "new", "old", "new", None, "staged"),
         ((stage, loading), "old", None, "loading", None, "staged"),
         ((stage, loading, ready), "old", None, "ready", None, "ready"),
         ((stage, loading, failed), "old", None, "failed", None, "failed"),
@@ -106,6 +111,9 @@ def test_what_changes_lead_to(
     ("changes", "refused", "remedy"),
     [
         ((), partial(state.stage, revision=OLD, by=BY, at=AT), "active already"),
+        (SERVES_NEW, partial(state.stage, revision=replace(NEW, sums="c"), by=BY, at=AT), "a folder of their own"),
+        (SERVES_NEW, partial(state.stage, revision=replace(NEW, sums=None), by=BY, at=AT), "a folder of their own"),
+        (SERVES_NEW, partial(state.stage, revision=replace(OLD, sums="c"), by=BY, at=AT), "a folder of their own"),
         ((), unstage, "nothing is staged"),
         ((), promote, "weights stage"),
         ((), roll_back, "stage the ones"),
@@ -183,6 +191,7 @@ CHANGES: dict[str, Change] = {
     "stage": stage,
     "stage other": partial(state.stage, revision=Revision("other", "/w/other", "c"), by=BY, at=AT),
     "unstage": unstage,
+    "unstage alone": unstage_alone,
     "promote": promote,
     "force": force,
     "roll back": roll_back,
