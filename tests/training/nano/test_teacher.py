@@ -82,8 +82,9 @@ def test_a_real_teachers_rationale_is_wrapped_and_checked(tmp_path: Path) -> Non
         == "It asks for a break-in."
     )
     file = tmp_path / "r.jsonl"
-    file.write_text('{"id": "a", "reasoning": "Because."}\n')
-    assert read_rationales(file) == {"a": "Because."}
+    # characters that str.splitlines cuts at and JSON does not
+    file.write_text('{"id": "a", "reasoning": "Because\u2028of\x85it."}\n', encoding="utf-8")
+    assert read_rationales(file) == {"a": "Because\u2028of\x85it."}
     file.write_text('{"id": "a", "reasoning": "x </think> y"}\n')
     with pytest.raises(ValueError, match=r"r\.jsonl:1"):
         read_rationales(file)

@@ -180,7 +180,8 @@ def test_lessons_come_back_as_they_were_with_images_beside_the_file(tmp_path: Pa
     parts = [{"type": "text", "content": "see"}, {"type": "image", "image": "a.png"}]
     messages = json.dumps([{"role": "system", "content": "s"}, {"role": "user", "content": parts}])
     lessons = [
-        Row("r", "made", "bread", "unharmful", rationale="Because."),
+        # characters that str.splitlines cuts at and JSON does not
+        Row("r", "made", "bread\u2028and\x85salt", "unharmful", rationale="Because."),
         Lesson("correction:1", "corrections", "see", "harmful", image=tmp_path / "a.png", messages=messages,
                rationale="Because."),
     ]  # fmt: skip
@@ -188,7 +189,7 @@ def test_lessons_come_back_as_they_were_with_images_beside_the_file(tmp_path: Pa
     skipped = Skipped()
     first, second = read_lessons(out / "lessons.jsonl", skipped)
     assert skipped.reasons == []
-    assert (first.id, first.prompt, first.rationale) == ("r", "bread", "Because.")
+    assert (first.id, first.prompt, first.rationale) == ("r", "bread\u2028and\x85salt", "Because.")
     assert second.image is not None
     assert second.image.is_relative_to(out)
     seen = whole(second)

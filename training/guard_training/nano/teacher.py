@@ -235,13 +235,14 @@ def external(reasoning: str, judged: Judged) -> list[Stretch]:
 def read_rationales(path: Path) -> dict[str, str]:
     """``{"id", "reasoning"}`` per line; raises ``ValueError`` with the line for anything else."""
     out: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        value = json.loads(line)
-        if not isinstance(value.get("id"), str) or not isinstance(value.get("reasoning"), str):
-            raise ValueError(f"{path.name}:{number}: a rationale is {{'id': text, 'reasoning': text}}")
-        if any(tag in value["reasoning"] for tag in TAGS):
-            raise ValueError(f"{path.name}:{number}: the reasoning must not hold {', '.join(TAGS)}")
-        out[value["id"]] = value["reasoning"]
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            value = json.loads(line)
+            if not isinstance(value.get("id"), str) or not isinstance(value.get("reasoning"), str):
+                raise ValueError(f"{path.name}:{number}: a rationale is {{'id': text, 'reasoning': text}}")
+            if any(tag in value["reasoning"] for tag in TAGS):
+                raise ValueError(f"{path.name}:{number}: the reasoning must not hold {', '.join(TAGS)}")
+            out[value["id"]] = value["reasoning"]
     return out
 
 

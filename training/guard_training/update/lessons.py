@@ -235,7 +235,9 @@ def write_lessons(rows: Sequence[Row], path: Path) -> None:
 
 def read_lessons(path: Path, skipped: Skipped) -> list[Row]:
     """What ``write_lessons`` wrote."""
-    values = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # by the file's lines: str.splitlines also cuts at U+2028 and U+0085, which JSON leaves as they are
+    with path.open(encoding="utf-8") as lines:
+        values = [json.loads(line) for line in lines]
     messages = {value["id"]: value["messages"] for value in values}
     return [
         Lesson(**{**asdict(row), "image": row.image}, messages=messages[row.id])
