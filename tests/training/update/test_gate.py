@@ -93,6 +93,13 @@ def test_the_golden_set_breaks_only_by_what_was_right_before_false_positives_fir
     assert verdict.reasons() == ["the golden set breaks: g2, g0"]
 
 
+def test_a_golden_set_without_rows_shows_nothing_and_refuses() -> None:
+    same = outcomes("s", [True], [True])
+    verdict = judge(same, same, [], [], margin=0.02)
+    assert not verdict.accepted
+    assert verdict.reasons() == ["the golden set holds no row"]
+
+
 def test_no_verdict_breaks_a_golden_row() -> None:
     before = outcomes("g", [False], [False])
     assert weigh_golden(before, outcomes("g", [False], [None])).broken == ("g0",)

@@ -35,7 +35,7 @@ def current(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("guard") / "current")
 
 
-def line(id: str, prompt: str, label: str, **more: Any) -> dict[str, Any]:
+def line(id: str, prompt: str, label: str | None, **more: Any) -> dict[str, Any]:
     return {"id": id, "source": "made", "prompt": prompt, "prompt_label": label, "licence": "MIT", **more}
 
 
@@ -238,6 +238,8 @@ def test_an_update_that_was_begun_otherwise_is_not_gone_on_with(plan: Plan) -> N
         (lambda plan: replace(plan, golden=plan.golden.with_name("none")), FileNotFoundError, "none: no such file"),
         (lambda plan: write(plan.corrections[0], ["{"]) and plan, UpdateError, "no correction can be learnt from"),
         (lambda plan: write(plan.golden, ["{"]) and plan, UpdateError, "no usable row"),
+        (lambda plan: write(plan.golden, [line("g", "no label", None)]) and plan, UpdateError, "no usable row"),
+        (lambda plan: write(plan.evaluation[0], [line("e", "none", None)]) and plan, UpdateError, "no usable row"),
     ],
 )
 def test_an_update_that_cannot_be_done_is_told(
@@ -260,7 +262,9 @@ def test_a_plan_that_makes_no_sense_is_refused(plan: Plan, change: dict[str, Any
 
 def test_rl_gets_the_lessons_of_one_turn(plan: Plan) -> None:
     Guards(plan, learnt).run()
-    pipeline.write_rl_rows(plan.output)
+    skipped = Skipped()
+    pipeline.write_rl_rows(plan.output, skipped)
+    assert [reason.partition(": ")[0] for reason in skipped.reasons] == ["correction:d7"]
     rows = [json.loads(text) for text in (plan.output / "rl.jsonl").read_text().splitlines()]
     assert len(rows) == 15
     assert not any("A shop." in json.dumps(row) for row in rows)
@@ -275,7 +279,7 @@ def test_the_stages_run_as_commands_and_a_failed_one_is_told(plan: Plan, tmp_pat
     script.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     script.chmod(0o755)
     rl = read_settings(GrpoSettings, recipe_path("grpo-nano"))
-    train = pipeline.trainer(Console(quiet=True), [str(script)], cpu=True)
+    train = pipeline.trainer(Console(quiet=True), Skipped(), [str(script)], cpu=True)
     assert train(replace(plan, rl=rl)) == plan.output / "rl" / "model"
     first, second = log.read_text().splitlines()
     assert first == f"update --stage {plan.output} --cpu"

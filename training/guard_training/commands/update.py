@@ -126,7 +126,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
             plan,
             console=console,
             skipped=skipped,
-            train=pipeline.trainer(console, launch, cpu=given.cpu),
+            train=pipeline.trainer(console, skipped, launch, cpu=given.cpu),
             measure=pipeline.measurer(console, given.concurrency),
             ask=pipeline.asker(console, given.concurrency),
             read=_reader(plan.sft.reader),

@@ -77,7 +77,7 @@ class Judgement:
 
     @property
     def accepted(self) -> bool:
-        return not self.losses and not self.golden.broken
+        return not self.losses and self.golden.rows > 0 and not self.golden.broken
 
     def reasons(self) -> list[str]:
         """Why it is refused, a line each."""
@@ -88,6 +88,8 @@ class Judgement:
         ]
         if self.golden.broken:
             found.append(f"the golden set breaks: {', '.join(self.golden.broken)}")
+        if not self.golden.rows:
+            found.append("the golden set holds no row")
         return found
 
     def raise_if_refused(self) -> None:

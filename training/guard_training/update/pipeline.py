@@ -184,7 +184,9 @@ def prepare(
         kept = agreed([one for one in corrections if one.lesson.id in whole], skipped)
         evaluation = {path: good(read_good_rows(path, skipped)) for path in plan.evaluation}
         golden = good(read_good_rows(plan.golden, skipped))
-        if not any(evaluation.values()) or not golden:
+        measured = _askable(evaluation, plan.limit, skipped)
+        kept_golden = usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped)
+        if not any(measured.values()) or not kept_golden:
             raise UpdateError(f"no usable row in the evaluation files or in the golden set; {skipped.summary()}")
         older = _named_once([row for path in plan.replay for row in read_good_rows(path, skipped)])
         against = {path.name: rows for path, rows in evaluation.items()}
@@ -226,8 +228,8 @@ def prepare(
         len({one.reviewer for one in kept}),
         [row for row in labelled if not getattr(row, "messages", "")],
         [replace(row, id=f"calibration:{row.id}") for row in kept_back if row.id in ids],
-        _askable(evaluation, plan.limit, skipped),
-        usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped),
+        measured,
+        kept_golden,
     )
 
 
@@ -390,7 +392,7 @@ def _card(
 # -- the real ways of training and asking
 
 
-def trainer(console: Console, launch: Sequence[str] = LAUNCH, *, cpu: bool = False) -> Train:
+def trainer(console: Console, skipped: Skipped, launch: Sequence[str] = LAUNCH, *, cpu: bool = False) -> Train:
     """Each stage in a process of its own, whose bar and words go to this terminal. ``launch`` starts guard-train."""
 
     def start(*arguments: str) -> None:
@@ -409,16 +411,21 @@ def trainer(console: Console, launch: Sequence[str] = LAUNCH, *, cpu: bool = Fal
         recipe = plan.output / "rl.yaml"
         write_whole(recipe, yaml.safe_dump(asdict(plan.rl), sort_keys=False).encode())
         rows = ["--rows", str(plan.output / "rl.jsonl"), "--recipe", str(recipe)]
-        write_rl_rows(plan.output)
+        write_rl_rows(plan.output, skipped)
         start("grpo", *rows, "--model", str(made), "--output", str(plan.output / "rl"))
         return plan.output / "rl" / "model"
 
     return train
 
 
-def write_rl_rows(folder: Path) -> None:
+def write_rl_rows(folder: Path, skipped: Skipped) -> None:
     """The lessons of one turn as rows for ``guard-train grpo``, which knows no others."""
-    lessons = [row for row in read_lessons(folder / LESSONS, Skipped()) if not getattr(row, "messages", "")]
+    lessons = []
+    for row in read_lessons(folder / LESSONS, skipped):
+        if getattr(row, "messages", ""):
+            skipped(f"{row.id}: a conversation; learnt by SFT, not by RL")
+        else:
+            lessons.append(row)
     lines = [json.dumps(row_to_json(bring_image(row, folder), folder), ensure_ascii=False) for row in lessons]
     write_whole(folder / "rl.jsonl", "".join(line + "\n" for line in lines).encode())
 
