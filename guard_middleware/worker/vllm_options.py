@@ -1,4 +1,4 @@
-"""vLLM's engine arguments: which of them an operator may state, and which the worker sets.
+"""vLLM's engine arguments: which of them an operator may state, which change verdicts, and which the worker sets.
 
 Refuses (``ConfigError``) an argument that the worker sets itself, naming what to use instead, and one that vLLM does
 not have. Values are vLLM's to check. Imports nothing of vLLM.
@@ -31,6 +31,38 @@ _OWNED = {
     "reasoning_parser": "nothing",
     "reasoning_config": "nothing",
 }
+#: arguments that say where a model runs and how fast; any other may change a verdict
+_PLACING = frozenset(
+    {
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "data_parallel_backend",
+        "distributed_executor_backend",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "enforce_eager",
+        "mm_processor_cache_gb",
+        "cpu_offload_gb",
+        "download_dir",
+        "served_model_name",
+        "disable_log_stats",
+    }
+)
+
+
+def deciding(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the stated arguments that may change a verdict, such as ``quantization`` and ``dtype``."""
+    return {name: value for name, value in stated.items() if name not in _PLACING}
+
+
+def ranks(stated: Mapping[str, Any]) -> int:
+    """Data-parallel copies of the model, each with a batch of its own. What is no number is vLLM's to refuse."""
+    size = stated.get("data_parallel_size", 1)
+    return size if type(size) is int and size > 0 else 1
 
 
 def check_stated(args: Collection[str], known: Collection[str]) -> None:

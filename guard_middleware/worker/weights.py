@@ -5,6 +5,9 @@
 with ``HF_HUB_OFFLINE=1``. A folder has the published layout; it may also hold ``guard.json`` with the facts below,
 and the published weights have none, so the defaults are theirs.
 
+``revision`` covers every file that decides a verdict, ``guard.json`` too; no file states it. What an operator
+changes of how a guard is served is named beside it (``serving``).
+
 Refuses: a folder without weights or tokenizer, another architecture, an unknown or mistyped key in ``guard.json``.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +25,10 @@ from guard_middleware.errors import ConfigError
 
 NANO = Path(__file__).resolve().parents[1] / "models" / "nano"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+FACTS = "guard.json"
+#: what decides a verdict beside the weights, where it is there
+_DECIDING = ("tokenizer.json", "config.json", "generation_config.json", "preprocessor_config.json", FACTS)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +37,8 @@ class ModelFacts:
 
     ``reader`` is whether drawn text is read for it by default. ``window_tokens`` is the longest prompt (system turn
     and images included) that it judges well, None for all up to ``max_input_tokens``; longer content is judged in at
-    most ``max_windows`` overlapping windows. ``revision`` identifies the weights: the first 16 hex digits of the
-    SHA-256 over their files, or the hub's commit. ``form`` is what a small
-    guard fills in (see ``worker.form``).
+    most ``max_windows`` overlapping windows. ``revision`` identifies all files that decide a verdict: the first 16 hex
+    digits of the SHA-256 over them, or the hub's commit. ``form`` is what a small guard fills in (see ``worker.form``).
     """
 
     name: str
@@ -80,16 +87,23 @@ def load(folder: Path, *, name: str) -> Weights:
         raise ConfigError("no *.safetensors in the folder", path=str(folder), remedy="save the weights as safetensors")
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError("no tokenizer.json in the folder", path=str(folder), remedy="save the fast tokenizer there")
-    stated = _json(folder / "guard.json") if (folder / "guard.json").is_file() else {}
+    stated = _json(folder / FACTS) if (folder / FACTS).is_file() else {}
     return Weights(folder, _facts(stated, folder, {"name": name, "revision": _revision(folder, files)}))
 
 
+def serving(changes: Mapping[str, Any]) -> str:
+    """Names, in the revision of verdicts, what an operator changed of how a guard is served; empty for nothing."""
+    if not changes:
+        return ""
+    return hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> ModelFacts:
-    kinds: dict[str, Any] = {field.name: int for field in fields(ModelFacts)}
-    kinds |= {"name": str, "revision": str, "reader": bool, "form": dict}
+    kinds: dict[str, Any] = {field.name: int for field in fields(ModelFacts) if field.name != "revision"}
+    kinds |= {"name": str, "reader": bool, "form": dict}
+    path = str(folder / FACTS)
     for key, value in stated.items():
         kind = kinds.get(key)
-        path = str(folder / "guard.json")
         if kind is None:
             raise ConfigError(f"unknown key {key!r}", path=path, remedy=f"known keys: {', '.join(kinds)}")
         if key == "window_tokens" and value is None:
@@ -99,15 +113,16 @@ def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> Mo
             raise ConfigError(f"{key} must be {wanted}", path=path)
     facts = ModelFacts(**{**defaults, **stated})
     if facts.window_tokens is not None and facts.window_overlap * 2 > facts.window_tokens:
-        raise ConfigError("window_overlap must be at most half of window_tokens", path=str(folder / "guard.json"))
+        raise ConfigError("window_overlap must be at most half of window_tokens", path=path)
     return facts
 
 
 def _revision(folder: Path, files: list[Path]) -> str:
-    if folder.parent.name == "snapshots":
-        return folder.name
+    snapshots = folder.parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--") and _COMMIT.fullmatch(folder.name):
+        return folder.name  # the hub's cache, where a commit is a place
     digest = hashlib.sha256()
-    for file in [*files, folder / "tokenizer.json", folder / "config.json"]:
+    for file in [*files, *(path for name in _DECIDING if (path := folder / name).is_file())]:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

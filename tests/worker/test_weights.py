@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from guard_middleware.errors import ConfigError
 from guard_middleware.worker import weights
-from guard_middleware.worker.weights import ARCHITECTURE, ModelFacts, load, resolve
+from guard_middleware.worker.weights import ARCHITECTURE, ModelFacts, load, resolve, serving
 
 
 @pytest.fixture
@@ -36,17 +36,39 @@ def test_published_weights_have_no_facts_of_their_own(tiny_folder):
 
 
 def test_facts_are_read_from_guard_json(folder):
-    guard_json(folder, {"name": "nano", "revision": "7", "reader": True, "window_tokens": 512, "max_new_tokens": 160})
+    guard_json(folder, {"name": "nano", "reader": True, "window_tokens": 512, "max_new_tokens": 160})
     facts = resolve(str(folder)).facts
-    assert facts == ModelFacts("nano", "7", reader=True, window_tokens=512, max_new_tokens=160)
+    assert facts == ModelFacts("nano", facts.revision, reader=True, window_tokens=512, max_new_tokens=160)
 
 
-def test_the_revision_is_a_digest_of_the_files(folder):
+@pytest.mark.parametrize(
+    ("file", "content", "another"),
+    [
+        ("model.safetensors", "other weights", True),
+        ("model-2.safetensors", "more weights", True),
+        ("tokenizer.json", '{"added_tokens": []}', True),
+        ("config.json", json.dumps({"architectures": [ARCHITECTURE], "note": 1}), True),
+        ("generation_config.json", '{"eos_token_id": 7}', True),
+        ("preprocessor_config.json", '{"patch_size": 28}', True),
+        ("guard.json", '{"max_pixels": 3136}', True),
+        ("calibration.json", "{}", False),  # named by itself, in the revision of a verdict
+        ("README.md", "# A card", False),
+    ],
+)
+def test_the_revision_is_a_digest_of_the_files_that_decide_a_verdict(folder, file, content, another):
     before = load(folder, name="a").facts.revision
     assert before == load(folder, name="b").facts.revision
     assert len(before) == 16
-    (folder / "model.safetensors").write_bytes(b"other weights")
-    assert load(folder, name="a").facts.revision != before
+    (folder / file).write_text(content)
+    assert (load(folder, name="a").facts.revision != before) == another
+
+
+def test_what_an_operator_changes_of_the_serving_has_a_name_and_nothing_has_none():
+    changes = [{}, {"reader": True}, {"reader": False}, {"dtype": "float16"}, {"dtype": "float16", "reader": True}]
+    names = [serving(one) for one in changes]
+    assert len(set(names)) == len(changes)
+    assert [len(name) for name in names] == [0, 8, 8, 8, 8]
+    assert serving({"reader": True, "dtype": "float16"}) == names[-1]
 
 
 def test_nano_is_the_guard_in_the_package(folder, monkeypatch):
@@ -59,6 +81,7 @@ def test_nano_is_the_guard_in_the_package(folder, monkeypatch):
     ("value", "message"),
     [
         ({"window": 512}, "unknown key 'window'"),
+        ({"revision": "7"}, "unknown key 'revision'"),
         ({"reader": "yes"}, "reader must be a bool"),
         ({"reader": 1}, "reader must be a bool"),
         ({"max_new_tokens": "160"}, "max_new_tokens must be a positive integer"),
@@ -105,8 +128,11 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(name, tmp_path, monkeypatc
         resolve(name)
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 def test_a_hub_id_is_its_snapshot_and_its_commit(folder, tmp_path, monkeypatch):
-    commit = tmp_path / "snapshots" / "0123abcd"
+    commit = tmp_path / "models--someone--guard-3b" / "snapshots" / COMMIT
     shutil.copytree(folder, commit)
     asked = []
 
@@ -117,7 +143,15 @@ def test_a_hub_id_is_its_snapshot_and_its_commit(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     found = resolve("someone/guard-3b")
     assert asked == ["someone/guard-3b"]
-    assert (found.facts.name, found.facts.revision) == ("someone/guard-3b", "0123abcd")
+    assert (found.facts.name, found.facts.revision) == ("someone/guard-3b", COMMIT)
+
+
+@pytest.mark.parametrize(
+    "place", ["snapshots/latest", f"snapshots/{COMMIT}", "models--a--b/snapshots/main", f"models--a--b/refs/{COMMIT}"]
+)
+def test_a_folder_that_only_looks_like_a_snapshot_is_named_by_its_files(folder, tmp_path, place):
+    shutil.copytree(folder, tmp_path / place)
+    assert load(tmp_path / place, name="a").facts.revision == load(folder, name="a").facts.revision
 
 
 def test_offline_says_how_to_get_the_weights(monkeypatch):
