@@ -86,6 +86,33 @@ def test_a_whole_output_is_read_by_the_rules_of_the_mode(
     assert (found[2].request, found[2].response, found[2].error) == (request_, response, error)
 
 
+SAYS = {"request": "unharmful", "response": "harmful", "request_score": 0.1, "response_score": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "request_", "response", "error"),
+    [
+        ({"output": "no form"}, "strict", None, None, "unparseable"),
+        ({"output": "no form"}, "paper", None, None, "unparseable"),
+        ({"error": "truncated"}, "strict", None, None, "truncated"),
+        ({"error": "truncated"}, "paper", None, None, "truncated"),
+        ({"error": "truncated", "output": GOOD.format("harmful")}, "strict", None, None, "truncated"),
+        ({"error": "truncated", "output": "Response: unharmful"}, "paper", None, "unharmful", None),
+        ({"error": ""}, "strict", "unharmful", "harmful", None),
+        ({"output": GOOD.format("unharmful")}, "strict", "harmful", "unharmful", None),
+        ({"output": "Request: harmful"}, "paper", "harmful", None, None),
+        ({"output": ["Request: harmful"]}, "strict", None, None, "missing"),
+    ],
+)
+def test_what_a_line_states_does_not_stand_in_for_what_its_output_lacks(
+    tmp_path: Path, line: dict[str, Any], mode: Mode, request_: str | None, response: str | None, error: str | None
+) -> None:
+    found, _ = _read(tmp_path, [{"id": "3", **SAYS, **line}], mode)
+    assert (found[2].request, found[2].response, found[2].error) == (request_, response, error)
+    if error:
+        assert (found[2].request_score, found[2].response_score) == (None, None)
+
+
 def test_a_file_of_outcomes_is_a_file_of_predictions(tmp_path: Path) -> None:
     found, _ = _read(
         tmp_path,
