@@ -3,7 +3,7 @@
 Everything is drawn from the recipe's seed, so that a run stopped at any point and started again with the same
 command goes on from its last checkpoint with the same cases. Layout of the output folder: ``model/`` (what a worker
 serves), ``images/`` and ``drawn.jsonl`` (what was drawn and what the reader found), ``held_out/`` (typographic test
-set with fonts and texts that training never saw), ``checkpoints/``.
+set with fonts and texts that training never saw), ``judge/`` and ``checkpoints-N/``.
 """
 
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
@@ -12,6 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -27,11 +29,13 @@ from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.cpu import keep_memory
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.nano.encoder import Embeddings
+from guard_training.nano.encoder import Kept, SentenceEncoder, fit_head
 from guard_training.nano.export import export, shape, write_held_out
+from guard_training.nano.judge import Judge, train_judge
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
     Case,
+    cut,
     dialogue_case,
     distilled_case,
     draw,
@@ -41,7 +45,7 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_attention, start_embeddings
 from guard_training.nano.pictures import typographic
-from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
+from guard_training.nano.pool import LONGEST, Pool, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
 from guard_training.nano.teacher import DECIDED, DECISIONS, LABELS, PHRASES, Kind, external, label, teach
@@ -78,6 +82,14 @@ class Rows:
     def harmful(self) -> list[bool]:
         """Of each prompt."""
         return [row.request == "harmful" for row in self.prompts]
+
+    def by_label(self) -> dict[Label, list[Row]]:
+        """The prompts."""
+        found: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
+        for row in self.prompts:
+            if row.request:
+                found[row.request].append(row)
+        return found
 
     def weights(self, shares: Mapping[str, float]) -> list[float]:
         """Of each prompt in the fits to the labels, see ``lexicon.balance``."""
@@ -136,6 +148,27 @@ def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe, folde
     return made
 
 
+def draw_prompts(by_label: Mapping[Label, Sequence[Row]], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
+    """``count`` prompts, ``harmful_share`` of them harmful (they come first), balanced over their sources."""
+    harmful = int(count * recipe.harmful_share)
+    return [
+        *draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng),
+        *draw(by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng),
+    ]
+
+
+def make_judge(rows: Rows, embeddings: Kept, recipe: Recipe, folder: Path, progress: Progress) -> Judge:
+    """The teacher of harm; a run that goes on keeps the one in ``folder``."""
+    vectors = embeddings.of([row.prompt[:LONGEST] for row in rows.prompts], progress, "embedding prompts")
+    judge = Judge(*fit_head(vectors, rows.harmful, rows.weights(recipe.source_shares), penalty=recipe.head_penalty))
+    rng = random.Random(recipe.seed)
+    drawn = draw_prompts(rows.by_label(), recipe, recipe.judge_steps * recipe.judge_batch, rng)
+    items = [(cut(row.prompt, recipe.judge_words, rng), row.request == "harmful") for row in drawn]
+    batches = in_batches(items, recipe.judge_batch, recipe.seed, lambda item: len(item[0]))
+    keep_memory()
+    return train_judge(judge, batches, learning_rate=recipe.judge_learning_rate, folder=folder, progress=progress)
+
+
 def make_model(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, words: Tensor, recipe: Recipe
 ) -> Qwen2_5_VLForConditionalGeneration:
@@ -159,18 +192,10 @@ def make_model(
 def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, pool: Pool, recipe: Recipe) -> list[Case]:
     """The stream of cases, in order of drawing."""
     rng = random.Random(recipe.seed)
-    by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
-    for row in rows.prompts:
-        if row.request:
-            by_label[row.request].append(row)
+    by_label = rows.by_label()
     others: Mapping[Label, Sequence[str]] = {label: [row.prompt for row in kept] for label, kept in by_label.items()}
     wanted = {kind: int(recipe.cases * recipe.kind_shares.get(kind, 0.0)) for kind in KINDS}
-
-    def prompts(count: int) -> list[Row]:
-        harmful = int(count * recipe.harmful_share)
-        return draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng) + draw(
-            by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng
-        )
+    prompts = partial(draw_prompts, by_label, recipe, rng=rng)
 
     words = recipe.prompt_words
     cases = [text_case(row, others, words, rng) for row in prompts(wanted["text"])]
@@ -271,20 +296,18 @@ def train_nano(
         lexicon = make_lexicon(rows, recipe)
         glosses = definitions(wordnet)
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
-        kept = Embeddings(output / "embeddings")
-        words = word_vectors(tokenizer, kept, progress)
+        embeddings = Kept(output / "embeddings", lambda: SentenceEncoder().embed)
+        words = word_vectors(tokenizer, embeddings, progress)
+        judge = make_judge(rows, embeddings, recipe, output / "judge", progress)
         texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
             [row.prompt for row in rows.prompts],
-            rows.harmful,
-            rows.weights(recipe.source_shares),
             make_stretches(texts, recipe.stretches, recipe.stretch_words, recipe.seed, output / "stretches.json"),
             glosses[: recipe.definitions],
             lexicon,
-            penalty=recipe.head_penalty,
-            sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
-            kept=kept,
+            embeddings=embeddings,
+            odds=Kept(output / "judge" / "odds", lambda: judge.logits, width=1),
             progress=progress,
         )
         pictures = typographic(
@@ -301,7 +324,7 @@ def train_nano(
         for stage in stages(recipe):
             cases = make_cases(rows, pictures, drawn, pool, stage)
             encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
-            staged.append(to_dataset(in_batches(encoded, stage.batch, stage.seed)))
+            staged.append(to_dataset(list(chain.from_iterable(in_batches(encoded, stage.batch, stage.seed, len)))))
     model = make_model(rows, tokenizer, words, recipe)
     keep_memory()
     for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):

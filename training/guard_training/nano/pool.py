@@ -1,4 +1,4 @@
-"""The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm that follow.
+"""The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm.
 
 Four groups: the labelled prompts, stretches of words out of any rows, WordNet's definitions, and the tokenizer's own
 words (each embedded as a text, for the start of nano's embeddings).
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from guard_training.nano.encoder import Embeddings, fit_head
+from guard_training.nano.encoder import Kept
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import snippet
 
@@ -59,35 +59,29 @@ def make_stretches(texts: Sequence[str], count: int, words: int, seed: int, file
 
 def make_pool(
     prompts: Sequence[str],
-    harmful: Sequence[bool],
-    weights: Sequence[float],
     stretches: Sequence[str],
     definitions: Sequence[str],
     lexicon: Lexicon,
     *,
-    penalty: float,
-    sharpness: float,
     lexicon_share: float,
-    kept: Embeddings,
+    embeddings: Kept,
+    odds: Kept,
     progress: Progress,
 ) -> Pool:
-    """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts.
-
-    The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
-    """
+    """Embeds everything and judges it. The logit of harm is the judge's (``odds``) and the word count's, mixed by
+    ``lexicon_share``."""
     texts = [prompt[:LONGEST] for prompt in prompts] + list(stretches) + list(definitions)
-    vectors = kept.of(texts, progress, "embedding texts")
-    head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
-    by_meaning = (vectors.float() @ head + bias) * sharpness
+    vectors = embeddings.of(texts, progress, "embedding texts")
+    by_meaning = odds.of(texts, progress, "judging texts")[:, 0].float()
     by_words = torch.tensor([lexicon.score(text) for text in texts])
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
     return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), len(stretches))
 
 
-def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:
+def word_vectors(tokenizer: PreTrainedTokenizerFast, embeddings: Kept, progress: Progress) -> Tensor:
     """The encoder's embedding of every token's text (ids, 384), zero where a token is no text."""
     words = [str(tokenizer.decode([id])).strip() for id in range(len(tokenizer))]
     special = set(tokenizer.all_special_ids)
-    vectors = kept.of([word or "." for word in words], progress, "embedding words").float()
+    vectors = embeddings.of([word or "." for word in words], progress, "embedding words").float()
     known = torch.tensor([bool(word) and id not in special for id, word in enumerate(words)])
     return vectors * known[:, None]
