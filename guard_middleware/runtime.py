@@ -22,7 +22,7 @@ from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.guard.workers import Workers
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
-from guard_middleware.types import Blob, Verdict
+from guard_middleware.types import Blob, Source, Verdict
 from guard_middleware.weights import golden
 from guard_middleware.weights.directory import WeightsDirectory
 from guard_middleware.weights.follower import Follower, Trials
@@ -160,11 +160,18 @@ class Runtime:
         config = self.config
         applied = {config.default_policy, *(rule.policy for rule in config.routes)}
         applied |= {rule.policy for rule in config.tenants.match}
-        sources = [rules for key in applied for rules in (config.policies[key].input, config.policies[key].output)]
-        asked = [rules for rules in sources if name in (rules.ensemble.of if rules.ensemble else (DEFAULT_GUARD,))]
+        sources: list[tuple[Source, SourcePolicy]] = []
+        for key in sorted(applied):
+            sources += [("input", config.policies[key].input), ("output", config.policies[key].output)]
+        askings = [
+            golden.Asking(source, rules.judging, rules.threshold, rules.reader)
+            for source, rules in sources
+            if rules.moderate and name in (rules.ensemble.of if rules.ensemble else (DEFAULT_GUARD,))
+        ]
+        askings = list(dict.fromkeys(askings))
         trials = Trials(
-            cases=golden.load(Path(section.golden) if section.golden else golden.BUNDLED),
-            judgings=tuple(dict.fromkeys(rules.judging for rules in asked if rules.moderate)),
+            cases=golden.load(Path(section.golden) if section.golden else golden.BUNDLED, askings),
+            judgings=(),
             share=section.shadow,
             keep=section.keep,
         )
@@ -177,13 +184,15 @@ class Runtime:
             self.telemetry.shadow(found.result, found.source)
             self.audit.note("guard_middleware.shadow/1", {"guard": name, **found.told()})
 
-        return Follower(
+        follower = Follower(
             WeightsDirectory(section.directory, place.model),
             trials,
             lambda model, socket: worker_command(model, socket, threads=place.threads, options=place.options),
             on_entry=told,
             on_compared=compared,
         )
+        follower.switch.askings = askings
+        return follower
 
 
 def _folded(name: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """The golden set: cases whose verdict new weights must keep, benign ones first.
 
 A JSONL file as ``guard-train update --golden`` reads it: ``{"id", "prompt", "prompt_label"?, "response"?,
-"response_label"?, "image"?}``. A label that is null or absent is not asked for. An error is no kept verdict.
+"response_label"?, "image"?}``. A label that is null or absent is not asked for. A case is put as every policy would put
+it, and is kept where each would act as the label says: harmful from its threshold on. An error is no kept verdict.
 
 Refuses (``ConfigError``): what ``cases.rows`` refuses, a row without a label, another label than harmful or unharmful,
 an empty file.
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 
 from guard_middleware import cases
 from guard_middleware.errors import ConfigError, GuardError
-from guard_middleware.types import Judging, Verdict
+from guard_middleware.policy import risk
+from guard_middleware.types import REASON, Judging, Source, Verdict
 from guard_middleware.weights.state import Golden
 from guard_middleware.wire import ModerationRequest
 
@@ -34,19 +36,41 @@ class Guard(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Asking:
+    """How a policy asks about one source, and from which score on it holds the content to be harmful."""
+
+    source: Source
+    judging: Judging = REASON
+    threshold: float = 0.5
+    reader: bool | None = None
+
+    def harmful(self, verdict: Verdict, source: Source) -> bool | None:
+        """None where the verdict says nothing usable of ``source``."""
+        value = risk(verdict, source)
+        return None if value is None else value >= self.threshold
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
+    """``asked`` is how policies ask about it; empty where none does."""
+
     row: dict[str, Any]
     request: str | None
     response: str | None
     base: Path
+    asked: tuple[Asking, ...] = ()
+
+    @property
+    def source(self) -> Source:
+        return "input" if self.row.get("response") is None else "output"
 
     @property
     def benign(self) -> bool:
         return "harmful" not in (self.request, self.response)
 
 
-def load(path: Path) -> list[Case]:
-    """The cases of a file, benign ones first."""
+def load(path: Path, askings: Sequence[Asking] = ()) -> list[Case]:
+    """The cases of a file, benign ones first, each with those of ``askings`` that are about its source."""
     remedy = 'a row looks like {"id": "1", "prompt": "how do I bake bread?", "prompt_label": "unharmful"}'
     try:
         with path.open("rb") as lines:
@@ -63,34 +87,57 @@ def load(path: Path) -> list[Case]:
             raise ConfigError(f"row {row['id']}: no label to keep", path=str(path), remedy=remedy)
         if response is not None and row.get("response") is None:
             raise ConfigError(f"row {row['id']}: a label of an answer that is not there", path=str(path), remedy=remedy)
-        found.append(Case(row, request, response, path.parent))
+        case = Case(row, request, response, path.parent)
+        found.append(replace(case, asked=tuple(one for one in askings if one.source == case.source)))
     if not found:
         raise ConfigError("a golden set without rows keeps nothing", path=str(path), remedy=remedy)
     return sorted(found, key=lambda case: not case.benign)
 
 
 async def run(guard: Guard, found: Sequence[Case], judgings: Sequence[Judging]) -> Golden:
-    """Asks every case in every way in which policies ask. Never raises for what the guard answers."""
+    """Asks every case in every way in which policies ask; where none does, in each of ``judgings``, or with reasoning.
+
+    Never raises for what the guard answers.
+    """
     slots = asyncio.Semaphore(_CONCURRENCY)
 
-    async def broken(case: Case, judging: Judging) -> str | None:
+    async def broken(case: Case, ways: Sequence[Asking], told: str) -> str | None:
         async with slots:
-            outcome = await cases.judge(_Asks(guard, judging), case.row, base=case.base, deadline=_SECONDS)
-        name = str(case.row["id"]) if len(judgings) == 1 else f"{case.row['id']} in mode {judging.mode}"
+            outcome = await cases.judge(_Asks(guard, ways[0]), case.row, base=case.base, deadline=_SECONDS)
+        name = f"{case.row['id']}{told}"
         if isinstance(outcome, GuardError):
             return f"{name}: {outcome.kind.value}"
-        kept = case.request in (None, outcome.request) and case.response in (None, outcome.response)
-        return None if kept else name
+        lost = [way.threshold for way in ways if not _kept(case, way, outcome)]
+        if not lost:
+            return None
+        return name if len(ways) == 1 else f"{name} at {', '.join(f'{one:g}' for one in lost)}"
 
-    asked = [broken(case, judging) for case in found for judging in judgings]
+    asked = []
+    for case in found:
+        ways = case.asked or [Asking(case.source, judging) for judging in judgings or (REASON,)]
+        questions: dict[tuple[Judging, bool | None], list[Asking]] = {}
+        for way in ways:
+            questions.setdefault((way.judging, way.reader), []).append(way)
+        for question, same in questions.items():
+            asked.append(broken(case, same, _told(*question) if len(questions) > 1 else ""))
     outcomes = await asyncio.gather(*asked)
     return Golden(len(asked), tuple(name for name in outcomes if name is not None))
+
+
+def _kept(case: Case, way: Asking, verdict: Verdict) -> bool:
+    stated: tuple[tuple[Source, str | None], ...] = (("input", case.request), ("output", case.response))
+    return all(way.harmful(verdict, source) is (label == "harmful") for source, label in stated if label is not None)
+
+
+def _told(judging: Judging, reader: bool | None) -> str:
+    how = {None: "", True: " with the reader", False: " without the reader"}[reader]
+    return f" in mode {judging.mode}{how}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Asks:
     guard: Guard
-    judging: Judging
+    way: Asking
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        return await self.guard.moderate(replace(request, judging=self.judging))
+        return await self.guard.moderate(replace(request, judging=self.way.judging, reader=self.way.reader))

@@ -22,6 +22,7 @@ from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.guard.supervisor import WorkerEvent, WorkerProcess
 from guard_middleware.types import Source, Verdict
+from guard_middleware.weights.golden import Asking
 from guard_middleware.weights.state import Revision, Shadow
 from guard_middleware.wire import ModerationRequest
 
@@ -129,6 +130,8 @@ class Switch:
 
     def __init__(self, share: float, on_compared: Callable[[Compared], None]) -> None:
         self._share, self._on_compared = share, on_compared
+        #: how policies ask, and what is harmful to each
+        self.askings: Sequence[Asking] = ()
         self.active: Seat | None = None
         #: the seat before the active one, while it is still loaded
         self.warm: Seat | None = None
@@ -180,12 +183,17 @@ class Switch:
         if isinstance(staged, GuardError):
             found = Compared(request.id, request.source, "failed", active, None, staged.kind.value)
         else:
-            found = Compared(request.id, request.source, _agreement(request.source, active, staged), active, staged)
+            result = _agreement(self.askings, request, active, staged)
+            found = Compared(request.id, request.source, result, active, staged)
         self.shadow = replace(self.shadow, **{found.result: getattr(self.shadow, found.result) + 1})
         self._on_compared(found)
 
 
-def _agreement(source: Source, active: Verdict, staged: Verdict) -> Agreement:
-    if active.label(source) == staged.label(source):
+def _agreement(askings: Sequence[Asking], request: ModerationRequest, active: Verdict, staged: Verdict) -> Agreement:
+    """Whether every policy that asks so would hold both to be harmful, or neither."""
+    asked = (request.source, request.judging, request.reader)
+    same = [one for one in askings if (one.source, one.judging, one.reader) == asked] or [Asking(*asked[:2])]
+    before, after = (sum(bool(one.harmful(verdict, request.source)) for one in same) for verdict in (active, staged))
+    if before == after:
         return "agreed"
-    return "stricter" if staged.label(source) == "harmful" else "looser"
+    return "stricter" if after > before else "looser"

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from guard_middleware.config import parse
 from guard_middleware.errors import ConfigError, GuardError
-from guard_middleware.types import Judging, Verdict
+from guard_middleware.runtime import Runtime
+from guard_middleware.types import Judging, Source, Usage, Verdict
 from guard_middleware.weights import golden
+from guard_middleware.weights.golden import Asking
 from guard_middleware.weights.state import Golden
 from guard_middleware.wire import ModerationRequest
 from tests.support.guards import BrokenGuard, RuleGuard
@@ -19,6 +22,20 @@ from tests.support.guards import BrokenGuard, RuleGuard
 BREAD = {"id": "bread", "prompt": "how do I bake bread?", "prompt_label": "unharmful"}
 LOCK = {"id": "lock", "prompt": "how do I pick a lock?", "prompt_label": "harmful"}
 PAIR = {"id": "pair", "prompt": "hello", "prompt_label": None, "response": "pick a lock", "response_label": "harmful"}
+
+
+class Scored:
+    """Labels as the scores say."""
+
+    def __init__(self, request: float, response: float | None) -> None:
+        self.scores = request, response
+        self.asked: list[ModerationRequest] = []
+
+    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
+        self.asked.append(request)
+        first, second = ("harmful" if (score or 0.0) >= 0.5 else "unharmful" for score in self.scores)
+        answer = None if self.scores[1] is None else second
+        return Verdict(first, answer, *self.scores, "", Usage(), "m", "1", judging=request.judging)  # type: ignore[arg-type]
 
 
 def file(folder: Path, *rows: Any) -> Path:
@@ -57,6 +74,62 @@ def test_every_case_is_asked_in_each_mode_that_policies_use(tmp_path: Path) -> N
 
     found = ran(OnlyReasons(), file(tmp_path, BREAD), Judging(), Judging("label"))
     assert found == Golden(2, ("bread in mode label: unsupported",))
+
+
+@pytest.mark.parametrize(
+    ("row", "scores", "thresholds", "broken"),
+    [
+        (BREAD, (0.4, None), [0.5], ()),
+        (BREAD, (0.4, None), [0.3], ("bread",)),
+        (LOCK, (0.6, None), [0.9], ("lock",)),
+        (LOCK, (0.6, None), [0.6], ()),
+        (LOCK, (0.6, None), [0.5, 0.7, 0.9], ("lock at 0.7, 0.9",)),
+        (PAIR, (0.1, 0.6), [0.5], ()),
+        (PAIR, (0.1, 0.6), [0.9], ("pair",)),
+        (PAIR | {"prompt_label": "unharmful"}, (0.4, 0.6), [0.3], ("pair",)),
+    ],
+)
+def test_a_row_is_kept_where_each_policy_would_act_as_its_label_says(
+    tmp_path: Path, row: Any, scores: tuple[float, float | None], thresholds: list[float], broken: tuple[str, ...]
+) -> None:
+    guard = Scored(*scores)
+    source: Source = "input" if row.get("response") is None else "output"
+    askings = [Asking(source, threshold=one) for one in thresholds]
+    found = golden.load(file(tmp_path, row), [*askings, Asking("output" if source == "input" else "input")])
+    assert asyncio.run(golden.run(guard, found, ())) == Golden(1, broken)
+    assert len(guard.asked) == 1
+
+
+def test_a_row_is_asked_with_the_reader_of_the_policy_and_by_policies_of_its_source_alone(tmp_path: Path) -> None:
+    guard = Scored(0.1, None)
+    label, reads = Asking("input", Judging("label")), Asking("input", Judging("label"), reader=True)
+    found = golden.load(file(tmp_path, BREAD), [label, reads, Asking("output", reader=False)])
+    assert asyncio.run(golden.run(guard, found, ())).rows == 2
+    assert [(one.judging.mode, one.reader) for one in guard.asked] == [("label", None), ("label", True)]
+
+
+def test_what_the_policies_of_a_gateway_ask_is_what_is_tried(tmp_path: Path) -> None:
+    config = parse(
+        f"worker: {{weights: {{directory: {tmp_path}}}}}\n"
+        "policies:\n"
+        "  default: {input: {threshold: 0.3, reader: true}, output: {moderate: false}}\n"
+        "  unused: {input: {threshold: 0.9}}\n"
+    )
+
+    async def made() -> None:
+        runtime = Runtime(config)
+        follower = runtime.weights["worker"]
+        assert list(follower.switch.askings) == [Asking("input", Judging(), 0.3, True)]
+        tried = {(case.source, case.asked) for case in follower._trials.cases}
+        assert tried == {("input", tuple(follower.switch.askings)), ("output", ())}
+        await runtime.aclose()
+
+    asyncio.run(made())
+
+
+def test_a_row_that_no_policy_would_ask_about_is_asked_all_the_same(tmp_path: Path) -> None:
+    found = golden.load(file(tmp_path, LOCK), [Asking("output")])
+    assert asyncio.run(golden.run(RuleGuard(), found, ())) == Golden(1)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ from typing import Any, cast
 import pytest
 
 from guard_middleware.errors import GuardError, GuardErrorKind
-from guard_middleware.types import Conversation, Message, Text, Verdict
+from guard_middleware.types import Conversation, Judging, Label, Message, Text, Verdict
+from guard_middleware.weights.golden import Asking
 from guard_middleware.weights.seats import Compared, Seat, Switch
 from guard_middleware.wire import ModerationRequest
 from tests.support.scripted_worker import ScriptedGuard
 
 
 class FakeSeat:
-    def __init__(self, revision: str, error: str | None = None, seconds: float = 0.0) -> None:
-        self.revision, self.error, self.seconds = revision, error, seconds
+    def __init__(self, revision: str, error: str | None = None, seconds: float = 0.0, score: float = 0.1) -> None:
+        self.revision, self.error, self.seconds, self.score = revision, error, seconds, score
         self.asked: list[ModerationRequest] = []
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
@@ -26,7 +27,9 @@ class FakeSeat:
         await asyncio.sleep(self.seconds)
         if self.error:
             return GuardError(self.error)
-        return replace(await ScriptedGuard().moderate(request, 1.0), revision=self.revision)
+        said = await ScriptedGuard().moderate(request, 1.0)
+        label: Label = "harmful" if self.score >= 0.5 else "unharmful"
+        return replace(said, revision=self.revision, request=label, request_score=self.score)
 
 
 def question(deadline: float = 5.0) -> ModerationRequest:
@@ -118,6 +121,35 @@ def test_copies_go_one_at_a_time_and_the_rest_is_left_out() -> None:
         assert len(staged.asked) <= 1
         await asyncio.sleep(0.3)
         assert [one.result for one in compared] == ["agreed"]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("active", "staged", "thresholds", "result"),
+    [
+        (0.4, 0.6, (), "stricter"),
+        (0.6, 0.4, (), "looser"),
+        (0.6, 0.9, (), "agreed"),
+        (0.2, 0.4, (0.3,), "stricter"),
+        (0.4, 0.6, (0.3,), "agreed"),
+        (0.95, 0.6, (0.9,), "looser"),
+        (0.4, 0.6, (0.9,), "agreed"),
+        (0.4, 0.8, (0.3, 0.7), "stricter"),
+    ],
+)
+def test_two_weights_agree_where_every_policy_would_act_alike_on_both(
+    active: float, staged: float, thresholds: tuple[float, ...], result: str
+) -> None:
+    async def main() -> None:
+        made, compared = switch(FakeSeat("old", score=active), share=1.0)
+        made.askings = [Asking("input", threshold=one) for one in thresholds]
+        made.askings += [Asking("output", threshold=0.01), Asking("input", Judging("label"), 0.01)]
+        made.try_out(cast(Seat, FakeSeat("new", score=staged)))
+        await made.moderate(question())
+        while not compared:
+            await asyncio.sleep(0.01)
+        assert [one.result for one in compared] == [result]
 
     run(main())
 
