@@ -24,12 +24,13 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
-from guard_middleware.types import Blob, Conversation, Label, Message, Text, Usage, Verdict
+from guard_middleware.types import Blob, Conversation, Judging, Label, Message, Text, Usage, Verdict
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker.completions import Server, score
 from guard_middleware.worker.guards.base import GuardFormat, Modality, Parsed, Question, Target
@@ -69,12 +70,25 @@ class EndpointOptions:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One target of one question: its label, the probability of *harmful*, and the rest of what was said with it."""
+    """One target of one question: its label, the probability of *harmful* (None where the server gives no log
+    probabilities), and the rest of what was said with it."""
 
     target: Target
     label: Label
-    score: float
+    score: float | None
     parsed: Parsed
+
+    def unsure(self, judging: Judging) -> bool:
+        """Whether it is to be thought about; a label alone says nothing of how sure it is."""
+        return self.score is None or judging.low <= self.score <= judging.high
+
+
+#: what one question found, and what it cost
+Found: TypeAlias = tuple[list[Judged], Usage] | GuardError
+
+#: The score of a label that the guard contradicts itself about, or whose probability cannot be read where the server
+#: gives some: on the label's side of 0.5 and no further, so that an ensemble asks the next guard.
+UNSURE: Mapping[Label, float] = {"harmful": 0.5, "unharmful": 0.49}
 
 
 class EndpointGuard:
@@ -110,15 +124,19 @@ class EndpointGuard:
         drawn = await self._drawn.read(conversation.blobs(), request.reader, deadline)
         read = loop.time()
 
-        async def ask(think: bool) -> tuple[list[Judged], Usage]:
-            questions = await asyncio.to_thread(self._format.prompt, conversation, drawn, think=think)
-            return await self._ask(questions, deadline)
+        async def questions(think: bool) -> Sequence[Question]:
+            return await asyncio.to_thread(self._format.prompt, conversation, drawn, think=think)
 
-        judged, usage = await ask(mode == "reason")
-        unsure = any(request.judging.low <= one.score <= request.judging.high for one in judged)
-        if mode == "hybrid" and self._format.thinks and unsure:
-            judged, more = await ask(True)
-            usage = _sum([usage, more])
+        asked = await questions(mode == "reason")
+        found = await self._ask(asked, deadline)
+        if mode == "hybrid" and self._format.thinks:
+            due = [n for n, one in enumerate(found) if _unsure(one, request)]
+            if due:
+                longer = await questions(True)
+                thought = await self._ask([longer[n] for n in due], deadline)
+                for n, one in zip(due, thought, strict=True):
+                    found[n] = _after(found[n], one)
+        judged, usage = _settled(asked, found)
         timings = (("reader", read - started), ("generate", loop.time() - read))
         return replace(self._verdict(request, judged, usage), drawn_text=drawn, timings=timings)
 
@@ -135,14 +153,16 @@ class EndpointGuard:
     async def warm_up(self) -> None:
         """The model's name and one real verdict; raises ``ConfigError`` for what an operator can put right.
 
-        A server that refuses log probabilities is asked without them from then on.
+        A server that refuses log probabilities, or leaves them out, is asked without them from then on.
         """
         await self._find_model()
         part = Text("Hello, how are you?") if "text" in self._format.modalities else Blob("image/png", _white())
         questions = self._format.prompt(Conversation((Message("user", (part,)),)))
         for self._logprobs in (True, False):
             try:
-                await self._ask(questions, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
+                found = await self._ask(questions, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
+                judged, _ = _settled(questions, found)
+                self._logprobs = any(one.score is not None for one in judged)
             except GuardError as error:
                 if error.kind in (GuardErrorKind.INTERNAL, GuardErrorKind.MEDIA):
                     refused = error
@@ -156,7 +176,10 @@ class EndpointGuard:
                     raise
                 logger.warning("the warm-up gave no verdict: %s", error)
             if not self._logprobs:
-                logger.warning("the endpoint gives no log probabilities: scores are 0 or 1")
+                logger.warning(
+                    "the endpoint gives no log probabilities: scores are 0 or 1, mode hybrid always thinks, and an "
+                    "ensemble by first_confident must not ask this guard before another"
+                )
             return
         remedy = f"check that it serves {self.model} for chat completions, and its log"
         raise ConfigError(f"the endpoint refuses questions: {refused.message}", remedy=remedy)
@@ -184,32 +207,17 @@ class EndpointGuard:
         if characters > self._options.max_characters:
             raise GuardError(GuardErrorKind.TOO_LONG, f"{characters} characters")
 
-    async def _ask(self, questions: Sequence[Question], deadline: float) -> tuple[list[Judged], Usage]:
-        """What all questions found, or the first error.
-
-        A harmful answer stands whatever failed beside it, and so does a harmful request that is asked about alone;
-        where the request's own label is what failed, it shares the answer's.
-        """
+    async def _ask(self, questions: Sequence[Question], deadline: float) -> list[Found]:
+        """What each question found. Raises ``GuardError(overloaded)``."""
         if self._asked and self._asked + len(questions) > self._options.concurrency + self._options.max_queue:
             raise GuardError(GuardErrorKind.OVERLOADED, "too many questions wait for the endpoint", retry_after=1.0)
         self._asked += len(questions)
         try:
-            outcomes = await asyncio.gather(*(self._ask_one(question, deadline) for question in questions))
+            return await asyncio.gather(*(self._ask_one(question, deadline) for question in questions))
         finally:
             self._asked -= len(questions)
-        errors = [one for one in outcomes if isinstance(one, GuardError)]
-        answers = [one for one in outcomes if not isinstance(one, GuardError)]
-        judged = [finding for found, _ in answers for finding in found]
-        if errors:
-            asked = "response" if any("response" in question.targets for question in questions) else "request"
-            found = [one for one in judged if one.target == asked and one.label == "harmful"]
-            if not found:
-                raise errors[0]
-            if _merged(judged, "request") is None:
-                judged.append(replace(found[0], target="request"))
-        return judged, _sum(usage for _, usage in answers)
 
-    async def _ask_one(self, question: Question, deadline: float) -> tuple[list[Judged], Usage] | GuardError:
+    async def _ask_one(self, question: Question, deadline: float) -> Found:
         try:
             async with asyncio.timeout_at(deadline), self._turns:
                 self._running += 1
@@ -225,8 +233,8 @@ class EndpointGuard:
         judged = []
         for finding in parsed.findings:
             probability = score(completion, finding.at, self._format.words)
-            if probability is None:
-                probability = float(finding.label == "harmful")
+            if probability is None and (finding.at < 0 or completion.tokens):
+                probability = UNSURE[finding.label]
             judged.append(Judged(finding.target, finding.label, probability, parsed))
         return judged, completion.usage
 
@@ -252,6 +260,40 @@ class EndpointGuard:
         )
 
 
+def _unsure(found: Found, request: ModerationRequest) -> bool:
+    """As in ``cascade``: of an answer its own score counts, for it is what is asked about."""
+    target: Target = "request" if request.conversation.answer is None else "response"
+    if isinstance(found, GuardError):
+        return False
+    return any(one.target == target and one.unsure(request.judging) for one in found[0])
+
+
+def _after(label: Found, thought: Found) -> Found:
+    """What was thought, at the price of the label too."""
+    if isinstance(label, GuardError) or isinstance(thought, GuardError):
+        return thought
+    return thought[0], _sum([label[1], thought[1]])
+
+
+def _settled(questions: Sequence[Question], found: Sequence[Found]) -> tuple[list[Judged], Usage]:
+    """What all questions found, or the first error.
+
+    A harmful answer stands whatever failed beside it, and so does a harmful request that is asked about alone;
+    where the request's own label is what failed, it shares the answer's.
+    """
+    errors = [one for one in found if isinstance(one, GuardError)]
+    answers = [one for one in found if not isinstance(one, GuardError)]
+    judged = [finding for findings, _ in answers for finding in findings]
+    if errors:
+        asked = "response" if any("response" in question.targets for question in questions) else "request"
+        harmful = [one for one in judged if one.target == asked and one.label == "harmful"]
+        if not harmful:
+            raise errors[0]
+        if _merged(judged, "request") is None:
+            judged.append(replace(harmful[0], target="request"))
+    return judged, _sum(usage for _, usage in answers)
+
+
 #: what stands for content that the operator has the guard ignore
 _IGNORED: tuple[Label, float] = ("unharmful", 0.0)
 
@@ -262,7 +304,7 @@ def _merged(judged: Iterable[Judged], target: Target) -> tuple[Label, float] | N
     if not found:
         return None
     label: Label = "harmful" if any(one.label == "harmful" for one in found) else "unharmful"
-    return label, max(one.score for one in found)
+    return label, max(float(one.label == "harmful") if one.score is None else one.score for one in found)
 
 
 async def load(

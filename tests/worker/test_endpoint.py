@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 
 import pytest
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
+from guard_middleware.policy import risk
 from guard_middleware.types import Blob, Conversation, Judging, Message, Text
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker import endpoint as remote
@@ -140,6 +142,75 @@ def test_singguard_thinks_where_its_first_look_is_unsure(endpoint):
     assert (thought.usage.prompt, pytest.approx(thought.request_score)) == (60, 0.1)
     assert (fast.usage.prompt, sure.usage.prompt) == (30, 30)
     assert pytest.approx(fast.request_score) == 1 / 1.9
+
+
+def test_singguard_thinks_about_an_answer_where_the_answer_is_unsure_and_about_nothing_else(endpoint):
+    """As the worker's own engines do (``cascade``)."""
+    looks = []
+
+    def doubts(role):
+        def behave(seen):
+            fast = seen.body["chat_template_kwargs"]["thinking_type"] == "fast"
+            looks.append((seen.turns[-1][0], fast))
+            said = completion("safe\n<answer>Safe</answer>", logprobs=True)
+            if fast and seen.turns[-1][0] == role:
+                said["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1]["logprob"] = 0.0
+            return Answer(body=said)
+
+        return behave
+
+    hybrid = Judging("hybrid", 0.4, 0.6)
+    for role, again in (("assistant", [("assistant", False)]), ("user", [])):
+        looks.clear()
+        endpoint.behave = doubts(role)
+        run(endpoint, "singguard", asked(GOOD, answer=GOOD, judging=hybrid), warm=False)
+        assert sorted(looks) == sorted([("user", True), ("assistant", True), *again])
+
+
+def test_reasoning_that_fails_leaves_no_label_to_fall_back_on(endpoint):
+    def breaks(seen):
+        fast = seen.body["chat_template_kwargs"]["thinking_type"] == "fast"
+        return Answer(body=completion("safe\n<answer>Safe</answer>")) if fast else Answer(500)
+
+    endpoint.behave = breaks
+    outcome = run(endpoint, "singguard", asked(GOOD, judging=Judging("hybrid", 0.4, 0.6)), warm=False)
+    assert outcome.kind is GuardErrorKind.UNAVAILABLE
+
+
+def test_a_guard_that_contradicts_itself_is_unsure(endpoint):
+    texts = iter(["unsafe\nNo lock.\n<answer>Safe</answer>", "safe\nA lock.\n<answer>C. Unethical Behavior</answer>"])
+    endpoint.behave = lambda seen: Answer(body=completion(next(texts), logprobs=True))
+    first, second = (run(endpoint, "singguard", asked(GOOD), warm=False) for _ in range(2))
+    assert (first.request, second.request) == ("unharmful", "harmful")
+    assert [risk(one, "input") for one in (first, second)] == [0.49, 0.5]
+
+
+def test_a_label_whose_probability_cannot_be_read_beside_others_is_unsure(endpoint):
+    def elsewhere(seen):
+        said = completion("safe", logprobs=True)
+        said["choices"][0]["logprobs"] = completion("other words", logprobs=True)["choices"][0]["logprobs"]
+        return Answer(body=said)
+
+    endpoint.behave = elsewhere
+    assert run(endpoint, "llama-guard-4", asked(GOOD), warm=False).request_score == 0.49
+
+
+def _silent(seen):
+    return by_the_rule(dataclasses.replace(seen, body={**seen.body, "logprobs": False}))
+
+
+def test_hybrid_thinks_about_every_label_that_comes_without_a_probability(endpoint):
+    endpoint.behave = _silent
+    hybrid = asked(GOOD, judging=Judging("hybrid", 0.4, 0.6))
+    assert run(endpoint, "singguard", hybrid).usage.prompt == 60
+
+
+def test_an_endpoint_that_leaves_log_probabilities_out_is_told_of_and_asked_without(endpoint, caplog):
+    endpoint.behave = _silent
+    good, bad = run(endpoint, "llama-guard-4", asked(GOOD), asked(BAD))
+    assert (good.request_score, bad.request_score) == (0.0, 1.0)
+    assert "gives no log probabilities" in caplog.text
+    assert ["logprobs" in seen.body for seen in endpoint.seen] == [True, False, False]
 
 
 @pytest.mark.parametrize(("name", "mode", "kind"), [

@@ -72,7 +72,8 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One label, and where in ``Output.text`` its word begins: the score is read there, or nowhere at -1."""
+    """One label, and where in ``Output.text`` its word begins: the score is read there; at -1 nowhere, since the
+    guard contradicts the word, and the label is unsure."""
 
     target: Target
     label: Label

@@ -97,7 +97,7 @@ class GptOssSafeguard:
         violation, rule = said.get("violation"), said.get("policy_category")
         if type(violation) is not int or violation not in (0, 1) or not isinstance(rule, str | None):
             raise unparseable("the object does not say violation 0 or 1 and a rule")
-        if violation == 0 and rule is not None:
+        if violation == 0 and (rule is not None or said.get("rule_ids")):
             raise unparseable("no violation, and yet a rule")
         at = _DIGIT.search(output.text)
         (target,) = question.targets

@@ -8,7 +8,7 @@ think (``thinking_type``) as template values. It judges a request, or the answer
     <answer>TITLE of the rule | Safe</answer>
 
 The first line is the model's first impression and the answer its verdict: after reasoning the answer decides; without
-reasoning the two must agree. The score is the first line's, and is left out where the answer overrules it.
+reasoning the two must agree. The score is the first line's; where the answer overrules it the label is unsure.
 
 An operator's policy is Markdown as the authors write it: ``### TITLE`` and what falls under it, and ``### Safe``.
 Categories of such a policy keep the operator's titles.

@@ -98,6 +98,7 @@ REFUSED = [
     ("singguard", "request", SING.format("safe", "Safe</answer><answer>Safe")),
     ("singguard", "request", SING.format("unsafe", CRIMES) + "\n<answer>Safe</answer>"),
     ("singguard", "request", SING.format("safe", "not in the policy")),
+    ("gpt-oss-safeguard", "request", '{"violation": 0, "rule_ids": ["L.1"]}'),
     *[("gpt-oss-safeguard", "request", text) for text in ("", "0", "1", "[]", "null", "{}", '{"violation": 2}')],
     ("gpt-oss-safeguard", "request", '{"violation": true}'),
     ("gpt-oss-safeguard", "request", '{"violation": "0"}'),
