@@ -13,14 +13,11 @@ computed by the model's own ``get_rope_index``. Images are shown at ``facts.max_
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from PIL import Image
-from tokenizers import Tokenizer
 from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
@@ -31,16 +28,12 @@ from guard_middleware.guard.prompt import PromptEncoder, expand_images
 from guard_middleware.worker.brief import Brief, Words
 from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.form import Filling, Form
-from guard_middleware.worker.pictures import picture_tokens
+from guard_middleware.worker.pictures import decoded, picture_tokens
+from guard_middleware.worker.tokens import read_tokenizer
 from guard_middleware.worker.weights import ModelFacts, Weights
 
 #: Tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token.
 _TAIL = len(END_RESULT) + 4
-
-
-@dataclass(frozen=True, slots=True)
-class _FileTokenizer:
-    backend_tokenizer: Tokenizer
 
 
 @dataclass(slots=True)
@@ -72,8 +65,7 @@ class TransformersEngine:
         self._weights, self.max_batch = weights, max_batch
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            self._tokenizer = Tokenizer.from_file(str(weights.folder / "tokenizer.json"))
-            self._encoder = PromptEncoder(_FileTokenizer(self._tokenizer))
+            self._tokenizer, self._encoder = read_tokenizer(weights.folder)
             # bf16 is ten times slower than fp32 on CPUs without bf16 units.
             dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
             self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -139,11 +131,7 @@ class TransformersEngine:
         images, counts = [], []
         for data in prompt.images:
             counts.append(self.image_tokens(data))
-            try:
-                picture = Image.open(io.BytesIO(data)).convert("RGB")
-                images.append(self._processor(images=[picture], return_tensors="pt"))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded") from error
+            images.append(self._processor(images=[decoded(data)], return_tensors="pt"))
         ids = expand_images(prompt.ids, counts, self._encoder.image_pad)
         if len(ids) > self.facts.max_input_tokens:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {len(ids)} tokens")

@@ -27,7 +27,6 @@ import asyncio
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -37,7 +36,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from PIL import Image
-from tokenizers import Tokenizer
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.guard.parse import END_RESULT, END_THINK, RESULT, THINK
@@ -45,7 +43,8 @@ from guard_middleware.guard.prompt import PromptEncoder
 from guard_middleware.worker.brief import Brief, Words
 from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.form import Filling, Form
-from guard_middleware.worker.pictures import picture_tokens
+from guard_middleware.worker.pictures import decoded, picture_tokens
+from guard_middleware.worker.tokens import read_tokenizer
 from guard_middleware.worker.vllm_options import MAX_IMAGES, check_stated, engine_arguments
 from guard_middleware.worker.weights import ModelFacts, Weights
 
@@ -100,15 +99,14 @@ _Ask: TypeAlias = Callable[[_Writing, Any], Awaitable[Any]]
 class VllmEngine:
     """``Engine`` on vLLM; starts its processes at once, which takes half a minute or more. Make it off the loop.
 
-    ``max_batch`` is how many requests run at once. ``args`` are any of vLLM's engine arguments, by field name
-    (``tensor_parallel_size``, ``data_parallel_size``, ``gpu_memory_utilization``, ...); raises ``ConfigError``.
+    ``max_batch`` is how many requests run at once on each rank. ``args`` are any of vLLM's engine arguments, by field
+    name (``tensor_parallel_size``, ``data_parallel_size``, ``gpu_memory_utilization``, ...); raises ``ConfigError``.
     """
 
     def __init__(self, weights: Weights, *, max_batch: int = 256, args: Mapping[str, Any] | None = None) -> None:
         _check_version()
         self._weights, self.max_batch = weights, max_batch
-        self._tokenizer = Tokenizer.from_file(str(weights.folder / "tokenizer.json"))
-        self._encoder = PromptEncoder(_FileTokenizer(self._tokenizer))
+        self._tokenizer, self._encoder = read_tokenizer(weights.folder)
         added = self._tokenizer.get_added_tokens_decoder()
         self._control = frozenset(id for id, token in added.items() if token.special) - {self._encoder.im_end}
         config = json.loads((weights.folder / "config.json").read_text("utf-8"))
@@ -333,18 +331,12 @@ class VllmEngine:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {length} tokens")
         if not counts:
             return _Pictures((), (), 0)
-        decoded = await asyncio.to_thread(lambda: [_decoded(image) for image in prompt.images])
-        images, names = zip(*decoded, strict=True)
+        images, names = await asyncio.to_thread(_shown, prompt.images)
         return _Pictures(images, names, sum(counts) - len(counts))
 
     def _stat_logger(self, config: Any, engine_index: int = 0) -> Stats:
         self._stats[engine_index] = stats = Stats(config, engine_index)
         return stats
-
-
-@dataclass(frozen=True, slots=True)
-class _FileTokenizer:
-    backend_tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,11 +352,8 @@ def _greedy(**options: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY, **options)
 
 
-def _decoded(data: bytes) -> tuple[Image.Image, str]:
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB"), hashlib.sha256(data).hexdigest()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded") from error
+def _shown(images: Sequence[bytes]) -> tuple[tuple[Image.Image, ...], tuple[str, ...]]:
+    return tuple(map(decoded, images)), tuple(hashlib.sha256(image).hexdigest() for image in images)
 
 
 def _check_version() -> None:

@@ -11,24 +11,17 @@ and put back (preemption), so a choice is tentative until it stands among the re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from guard_middleware.guard.prompt import PromptEncoder
 from guard_middleware.worker import weights
 from guard_middleware.worker.form import Form, Tentative
-
-
-@dataclass(frozen=True, slots=True)
-class _FileTokenizer:
-    backend_tokenizer: Tokenizer
+from guard_middleware.worker.tokens import read_tokenizer
 
 
 class FormProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there where this is checked
@@ -37,8 +30,7 @@ class FormProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         folder = Path(vllm_config.model_config.model)
         facts = weights.load(folder, name=folder.name).facts
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        encoder = PromptEncoder(_FileTokenizer(tokenizer))
+        tokenizer, encoder = read_tokenizer(folder)
         self._form = Form(facts.form or {}, tokenizer)
         self._frame = slice(len(encoder.opening), -len(encoder.closing))
         self._end = encoder.im_end
