@@ -79,8 +79,9 @@ class Guard(Protocol):
 class Worker:
     """The app and its state. ``load`` makes the guard, warm-up included; it may take minutes and may raise.
 
-    ``on_ready`` is told once. ``on_failed`` is told when the guard cannot be loaded, or its engine is stuck for
-    ``stall_seconds``: the process is then of no use and should end with a message.
+    ``max_in_flight`` bounds the questions of one connection: more than the guard takes, so that it says itself when to
+    come back. ``on_ready`` is told once. ``on_failed`` is told when the guard cannot be loaded, or its engine is stuck
+    for ``stall_seconds``: the process is then of no use and should end with a message.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Worker:
         load: Callable[[Metrics], Awaitable[Guard]],
         *,
         max_frame: int = MAX_FRAME,
-        max_in_flight: int = 256,
+        max_in_flight: int = 1024,
         stall_seconds: float = 60.0,
         on_ready: Callable[[Guard], None] = lambda guard: None,
         on_failed: Callable[[str], None] = lambda why: None,
@@ -142,12 +143,14 @@ class Worker:
     async def _answer(self, request: ModerationRequest) -> Verdict | GuardError:
         """Total, but for cancellation."""
         guard, loop = self._guard, asyncio.get_running_loop()
+        outcome: Verdict | GuardError
         if guard is None or self._failure is not None:
             why = self._failure or "the guard is being loaded"
-            return GuardError(GuardErrorKind.UNAVAILABLE, why, retry_after=1.0)
+            outcome = GuardError(GuardErrorKind.UNAVAILABLE, why, retry_after=1.0)
+            self.metrics.outcome(outcome, 0.0)
+            return outcome
         started = loop.time()
         deadline = started + request.deadline
-        outcome: Verdict | GuardError
         self._in_flight += 1
         try:
             async with asyncio.timeout_at(deadline + _SLACK):  # the guard's own timeout says where the time went
@@ -264,7 +267,8 @@ class Worker:
         return JSONResponse({"ready": True, "model": self._guard.model, "revision": self._guard.revision})
 
     async def _metrics(self, request: Request) -> Response:
-        gauges = {"ready": float(self._guard is not None), "in_flight": float(self._in_flight)}
+        ready = self._guard is not None and self._failure is None
+        gauges = {"ready": float(ready), "in_flight": float(self._in_flight)}
         if self._guard is not None:
             gauges.update(self._guard.gauges())
         return PlainTextResponse(self.metrics.exposition(gauges), media_type=METRICS_TYPE)

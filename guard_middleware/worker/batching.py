@@ -46,7 +46,8 @@ class RunBatch(Protocol[P_in, R_out]):
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """``queue_tokens`` bounds the prompt tokens waiting, ``queue`` the prompts waiting (running ones excluded)."""
+    """``queue_tokens`` bounds the prompt tokens waiting, ``queue`` the prompts waiting (running ones excluded);
+    ``batch`` is how many run at once, on all ranks of an engine together."""
 
     batch: int = 8
     queue: int = 64
@@ -137,7 +138,7 @@ class Batcher(Generic[P, R]):
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._admit(len(prompts), sum(tokens for _, tokens in prompts))
+        self.admit(len(prompts), sum(tokens for _, tokens in prompts))
         jobs = [_Job(prompt, tokens, deadline, loop.create_future(), now, priority) for prompt, tokens in prompts]
         for job in jobs:
             self._waiting[job] = None
@@ -151,7 +152,8 @@ class Batcher(Generic[P, R]):
         done = loop.time()
         return [_ran(job, done) for job in jobs]
 
-    def _admit(self, prompts: int, tokens: int) -> None:
+    def admit(self, prompts: int, tokens: int) -> None:
+        """Raises ``GuardError(overloaded)`` where so many more cannot wait now; holds no place."""
         if not self._waiting:  # else a request larger than the queue could never run
             return
         if self.queued + prompts > self._limits.queue or self._queued_tokens + tokens > self._limits.queue_tokens:

@@ -1,9 +1,9 @@
 """Runs planned prompts on an engine that batches by itself (vLLM): bounded admission, deadlines, cancellation.
 
 The engine decides what runs when; this module decides what is let in. All prompts of a question are admitted or none:
-beyond ``queue`` prompts (or ``queue_tokens`` of them) on top of the ``batch`` that the engine runs at once, the
-question is ``GuardError(overloaded)`` with a ``retry_after`` from the measured rate. A prompt that nobody waits for any
-more (deadline over, caller gone) is cancelled in the engine, which frees its place at once.
+beyond ``queue`` prompts (or ``queue_tokens`` of them) on top of the ``batch`` that the engine runs at once on all its
+ranks, the question is ``GuardError(overloaded)`` with a ``retry_after`` from the measured rate. A prompt that nobody
+waits for any more (deadline over, caller gone) is cancelled in the engine, which frees its place at once.
 
 An engine that misses a deadline may be slow or stuck. One probe at a time, of one token, tells them apart: while it
 stays unanswered the engine counts as stalled.
@@ -50,6 +50,10 @@ class Runner(Protocol):
     def running(self) -> int: ...
 
     def start(self) -> None: ...
+
+    def admit(self, prompts: int, tokens: int) -> None:
+        """Raises ``GuardError(overloaded)`` where so many more would not be admitted now; holds no place."""
+        ...
 
     async def submit(
         self, prompts: Sequence[tuple[GuardPrompt, int]], deadline: float, priority: int = 0
@@ -127,7 +131,7 @@ class ContinuousRunner:
         """See ``Runner``."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        self._admit(len(prompts), sum(tokens for _, tokens in prompts))
+        self.admit(len(prompts), sum(tokens for _, tokens in prompts))
         tasks = [self._begin(prompt, tokens, priority, started) for prompt, tokens in prompts]
         try:
             await asyncio.wait(tasks, timeout=max(0.0, deadline - started))
@@ -139,7 +143,8 @@ class ContinuousRunner:
             self._probe_with(prompts[0][0])
         return [_ran(task, task in late, loop.time() - started) for task in tasks]
 
-    def _admit(self, prompts: int, tokens: int) -> None:
+    def admit(self, prompts: int, tokens: int) -> None:
+        """See ``Runner``."""
         if not self.queued:  # else a request larger than the queue could never run
             return
         if self.queued + prompts > self._limits.queue or self.queued_tokens + tokens > self._limits.queue_tokens:

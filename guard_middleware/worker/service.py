@@ -44,7 +44,7 @@ class ServiceLimits:
 class GuardService:
     """``app.Guard`` on an engine of either kind; make it on the loop that uses it.
 
-    ``reader`` and ``read_by_default`` are ``reading.DrawnText``'s.
+    ``reader`` and ``read_by_default`` are ``reading.DrawnText``'s; ``serving`` is ``weights.serving``'s.
     """
 
     def __init__(
@@ -55,12 +55,13 @@ class GuardService:
         reader: Reader | None = None,
         read_by_default: bool = False,
         calibration: Calibration | None = None,
+        serving: str = "",
         limits: ServiceLimits | None = None,
     ) -> None:
         self._limits = limits or ServiceLimits()
         seconds, reads = self._limits.reader_seconds, self._limits.reads
         self._drawn = DrawnText(reader, by_default=read_by_default, seconds=seconds, most=reads)
-        self._engine, self._calibration = engine, calibration or Calibration()
+        self._engine, self._calibration, self._serving = engine, calibration or Calibration(), serving
         self._runner = runner(engine, self._limits.batching, metrics)
         self._plan_pool = ThreadPoolExecutor(2, thread_name_prefix="guard-plan")
 
@@ -70,13 +71,15 @@ class GuardService:
 
     @property
     def revision(self) -> str:
-        return self._calibration.revision(self._engine.facts.revision)
+        judges = self._calibration.revision(self._engine.facts.revision)
+        return f"{judges}+{self._serving}" if self._serving else judges
 
     async def moderate(self, request: ModerationRequest, deadline: float) -> Verdict:
         """See ``app.Guard``."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         conversation = request.conversation
+        self._runner.admit(1, 0)  # before the work of reading and planning, which would be for nothing
         drawn = await self._drawn.read(conversation.blobs(), request.reader, deadline)
         read = loop.time()
         prompts = await loop.run_in_executor(self._plan_pool, self._plan, conversation, drawn)
@@ -132,7 +135,9 @@ class GuardService:
 
     async def aclose(self) -> None:
         await self._runner.aclose()
-        if not isinstance(self._engine, BatchEngine):
+        if isinstance(self._engine, BatchEngine):
+            self._engine.close()
+        else:
             await self._engine.close()
         self._drawn.close()
         self._plan_pool.shutdown(wait=False, cancel_futures=True)

@@ -28,7 +28,8 @@ ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 FACTS = "guard.json"
 #: what decides a verdict beside the weights, where it is there
 _DECIDING = ("tokenizer.json", "config.json", "generation_config.json", "preprocessor_config.json", FACTS)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+#: a folder of the hub's cache, where a commit is a place
+_COMMIT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,8 @@ def _facts(stated: dict[str, Any], folder: Path, defaults: dict[str, Any]) -> Mo
 
 
 def _revision(folder: Path, files: list[Path]) -> str:
-    snapshots = folder.parent
-    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--") and _COMMIT.fullmatch(folder.name):
-        return folder.name  # the hub's cache, where a commit is a place
+    if commit := _COMMIT.search(folder.absolute().as_posix()):
+        return commit[1]
     digest = hashlib.sha256()
     for file in [*files, *(path for name in _DECIDING if (path := folder / name).is_file())]:
         digest.update(file.name.encode())

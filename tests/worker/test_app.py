@@ -356,6 +356,10 @@ def test_a_stuck_engine_is_told_and_takes_the_worker_out_of_service(tmp_path, mo
             assert why in told[0]
             assert (await client.get("/health")).status_code == 503
             assert (await client.get("/ready")).status_code == 503
+            await client.post("/v1/moderate", content=encode_request(question()), headers=HEADERS)
+            lines = (await client.get("/metrics")).text.splitlines()
+            assert "guard_worker_ready 0.0" in lines
+            assert 'guard_worker_errors_total{kind="unavailable"} 1' in lines
 
     run(main())
 

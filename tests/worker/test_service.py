@@ -35,7 +35,7 @@ class StubEngine:
         self.encoder, self.facts, self.max_batch = PromptEncoder(tokenizer), facts, 8
         self._decode = tokenizer.backend_tokenizer.decode
         self._steps, self._seconds, self._output, self._finish = steps, seconds, output, finish
-        self.steps_taken, self.prompts, self.started = 0, [], threading.Event()
+        self.steps_taken, self.prompts, self.started, self.closed = 0, [], threading.Event(), False
 
     def image_tokens(self, image):
         if image == b"broken":
@@ -67,7 +67,7 @@ class StubEngine:
         return self._decode(list(prompt.ids), skip_special_tokens=False)
 
     def close(self):
-        pass
+        self.closed = True
 
 
 class StubReader:
@@ -152,6 +152,8 @@ def test_scores_are_calibrated_and_the_revision_says_by_what(tiny_tokenizer):
     (verdict,) = moderate(StubEngine(tiny_tokenizer), question("how do I pick a lock"), calibration=calibration)
     assert verdict.request_score == pytest.approx(81 / 82)
     assert verdict.revision == "r1+c0ffee00"
+    (verdict,) = moderate(StubEngine(tiny_tokenizer), question(), calibration=calibration, serving="5e5e5e5e")
+    assert verdict.revision == "r1+c0ffee00+5e5e5e5e"
 
 
 def test_long_content_is_judged_in_windows_and_the_worst_one_wins(tiny_tokenizer):
@@ -247,6 +249,29 @@ def test_reading_is_bounded_in_time_and_in_number(tiny_tokenizer):
     assert second.kind is GuardErrorKind.OVERLOADED
     assert second.retry_after > 0
     assert all(timeout <= 0.4 for timeout in reader.timeouts)
+
+
+def test_a_full_queue_refuses_before_anything_is_read_or_planned(tiny_tokenizer):
+    engine, reader = StubEngine(tiny_tokenizer, steps=2000, seconds=0.002), StubReader()
+
+    async def main():
+        limits = ServiceLimits(BatchLimits(1, queue=1))
+        service = GuardService(engine, Metrics(), reader=reader, read_by_default=True, limits=limits)
+        end = asyncio.get_running_loop().time() + 20
+        waiting = [asyncio.create_task(service.moderate(question(), end)) for _ in range(2)]
+        while service.gauges()["queue_depth"] < 1:
+            await asyncio.sleep(0.01)
+        with pytest.raises(GuardError, match="queue is full") as caught:
+            await service.moderate(question(images=[b"a loaf"]), end)
+        assert caught.value.retry_after > 0
+        assert reader.read_images == []
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await service.aclose()
+        assert engine.closed
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_an_image_that_cannot_be_decoded_is_a_media_error(tiny_tokenizer):
