@@ -9,7 +9,8 @@ What an endpoint cannot do, and an engine in this process can:
 - the prompt's length in tokens is the server's to know: content past ``max_characters`` is ``too_long`` here, a
   prompt past the model's context is ``too_long`` when the server says so. A server that cuts prompts in silence
   (Ollama past ``num_ctx``, SGLang with ``--allow-auto-truncate``) must not be used;
-- the revision names the model, the format and the policy text, not the weights: say ``revision`` when they change.
+- the revision names the model, the format, the policy text and whether drawn text is read, not the weights: say
+  ``revision`` when they change.
 
 Bounds: ``concurrency`` calls at once, ``max_queue`` that wait (more are ``overloaded``), each within the question's
 deadline.
@@ -102,11 +103,12 @@ class EndpointGuard:
             remedy = "--ignore names what the guard does not read"
             raise ConfigError(f"{form.name} reads {', '.join(sorted(unread))} and is told not to", remedy=remedy)
         self._format, self._options, self._logprobs = form, options, True
-        named = json.dumps([form.name, options.model, options.revision, policy, sorted(options.ignore)])
+        self._server, self._drawn = Server(options.base, options.key), drawn or DrawnText()
+        reads = self._drawn.by_default
+        named = json.dumps([form.name, options.model, options.revision, policy, sorted(options.ignore), reads])
         self._revision = hashlib.sha256(named.encode()).hexdigest()[:16]
         self._turns = asyncio.Semaphore(options.concurrency)
         self._asked = self._running = 0
-        self._server, self._drawn = Server(options.base, options.key), drawn or DrawnText()
 
     @property
     def model(self) -> str:

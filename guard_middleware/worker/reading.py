@@ -32,14 +32,14 @@ class DrawnText:
     ) -> None:
         if by_default and reader is None:
             raise ValueError("reading by default needs a reader")
-        self._reader, self._by_default, self._seconds, self._most = reader, by_default, seconds, most
+        self._reader, self.by_default, self._seconds, self._most = reader, by_default, seconds, most
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="guard-reader")
         #: images that are being read, or wait for it
         self.reading = 0
 
     async def read(self, blobs: Sequence[Blob], wanted: bool | None, deadline: float) -> tuple[str, ...]:
         """One text per image, in order, or nothing where nothing is to be read; the same image is read once."""
-        if not blobs or not (self._by_default if wanted is None else wanted):
+        if not blobs or not (self.by_default if wanted is None else wanted):
             return ()
         if self._reader is None:
             raise GuardError(GuardErrorKind.READER, "this worker runs without a reader of drawn text")

@@ -14,7 +14,6 @@ from guard_middleware.policy import risk
 from guard_middleware.types import Blob, Conversation, Judging, Message, Text
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker import endpoint as remote
-from guard_middleware.worker.__main__ import main
 from guard_middleware.worker.app import Worker
 from guard_middleware.worker.guards import guard_format
 from guard_middleware.worker.reading import DrawnText
@@ -354,14 +353,22 @@ def test_the_address_may_name_the_root_or_v1(path):
 
 
 def test_the_revision_names_all_that_makes_the_verdict():
-    def revision(name="singguard", policy=None, **options):
+    class Reading:
+        def read(self, image, timeout=None):
+            return ""
+
+    reading = Reading()
+
+    def revision(name="singguard", policy=None, drawn=None, **options):
         stated = remote.EndpointOptions("http://h", "m", **options)
-        return remote.EndpointGuard(guard_format(name, policy), stated, policy=policy).revision
+        return remote.EndpointGuard(guard_format(name, policy), stated, policy=policy, drawn=drawn).revision
 
     policy = "### A\n### Safe"
     revisions = [revision(), revision("llama-guard-4"), revision(policy=policy), revision(revision="2")]
     revisions += [revision("qwen3guard-gen"), revision("qwen3guard-gen", ignore=frozenset({"image"}))]
-    assert len(set(revisions)) == 6
+    revisions += [revision(drawn=DrawnText(reading, by_default=default)) for default in (True, False)]
+    assert len(set(revisions)) == 7
+    assert revisions[-1] == revisions[0]  # a reader that is there and not asked changes nothing
     assert revision() == revisions[0]
 
 
@@ -406,20 +413,3 @@ def test_it_is_a_guard_of_the_worker_app(endpoint):
     assert dict(ready[0].gauges()) == {"queue_depth": 0, "running": 0, "reading": 0}
     assert ready[0].stalled() == 0.0
     assert json.dumps(verdict.categories) == '["nonviolent_crimes"]'
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--guard-format", "singguard"], "--guard-format says nothing without --endpoint URL"),
-        (["--policy-text", "rules.md"], "--policy-text says nothing without --endpoint URL"),
-        (["--ignore", "text"], "--ignore says nothing without --endpoint URL"),
-        (["--endpoint", "http://h", "--model", "other"], "a worker has one guard"),
-        (["--endpoint", "http://h", "--guard-format", "nonsense"], "invalid choice"),
-    ],
-)
-def test_options_that_do_not_go_together_end_the_worker(options, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--port", "0", *options])
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ from guard_middleware.errors import ConfigError, GuardErrorKind
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.types import Conversation, Message, Text
 from guard_middleware.wire import ModerationRequest
-from guard_middleware.worker.__main__ import _vllm_args, load, main, parser
+from guard_middleware.worker.__main__ import load, main
 from guard_middleware.worker.metrics import Metrics
+from guard_middleware.worker.options import parser
+from guard_middleware.worker.weights import load as load_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "guard_middleware.worker"]
@@ -66,6 +69,17 @@ def test_it_says_when_it_is_ready_answers_and_ends_on_sigterm(tiny_folder, tmp_p
     assert "Hello" not in errors
 
 
+def test_the_revision_says_that_an_operator_changed_whether_drawn_text_is_read(tiny_folder, tmp_path):
+    folder = tmp_path / "reads"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "guard.json").write_text('{"reader": true}')
+    with start("--model", folder, "--socket", tmp_path / "w.sock", "--no-reader") as process:
+        said = process.stdout.readline()
+        process.terminate()
+        process.communicate(timeout=20)
+    assert f" revision={load_weights(folder, name='reads').facts.revision}+" in said
+
+
 def test_it_ends_when_its_parent_does(tiny_folder, tmp_path):
     arguments = ("--model", tiny_folder, "--socket", tmp_path / "w.sock", "--exit-with-parent", "--no-reader")
     with start(*arguments, stdin=subprocess.PIPE) as process:
@@ -92,6 +106,7 @@ def test_a_model_that_is_not_there_ends_it_with_the_remedy(tmp_path):
         (["--socket", "/tmp/x", "--port", "1"], "give either --socket PATH or --port N"),
         (["--port", "0", "--host", "0.0.0.0"], "--allow-remote"),
         (["--port", "0", "--max-batch", "0"], "must be positive"),
+        (["--port", "0", "--guard-format", "singguard"], "--guard-format: says nothing without --endpoint"),
         (["--socket", "/nonexistent/x/w.sock"], "cannot make the socket"),
     ],
 )
@@ -110,35 +125,11 @@ def test_help_teaches_by_examples():
         assert words in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--engine", "vllm"], ("which is not installed", "guard-middleware[vllm]", "--engine transformers")),
-        (["--engine", "vllm", "--threads", "1"], ("--threads is for the CPU", "OMP_NUM_THREADS")),
-        (["--engine", "vllm", "--vllm-arg", "tensor_parallel_size"], ("no KEY=VALUE", "tensor_parallel_size=2")),
-        (["--engine", "vllm", "--vllm-args", "/nonexistent.json"], ("cannot be read as JSON",)),
-        (["--vllm-arg", "tensor_parallel_size=2"], ("another engine", "add --engine vllm")),
-    ],
-)
-def test_an_engine_that_cannot_be_had_is_refused_with_the_remedy(arguments, words):
+def test_an_engine_that_is_not_installed_is_refused_with_the_remedy():
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
-    options = parser().parse_args(["--socket", "unused", "--no-reader", *arguments])
-    with pytest.raises(ConfigError) as caught:
+    options = parser().parse_args(["--socket", "unused", "--no-reader", "--engine", "vllm"])
+    with pytest.raises(ConfigError, match="which is not installed") as caught:
         asyncio.run(load(options, Metrics()))
-    for word in words:
+    for word in ("guard-middleware[vllm]", "--engine transformers"):
         assert word in str(caught.value)
-
-
-def test_vllms_arguments_are_json_or_bare_words_and_those_on_the_line_win(tmp_path):
-    file = tmp_path / "args.json"
-    file.write_text('{"dtype": "float16", "enforce_eager": true}')
-    stated = ["tensor-parallel-size=2", "dtype=bfloat16", 'override_generation_config={"a": 1}']
-    arguments = [part for one in stated for part in ("--vllm-arg", one)]
-    options = parser().parse_args(["--socket", "unused", "--vllm-args", str(file), *arguments])
-    assert _vllm_args(options) == {
-        "dtype": "bfloat16",
-        "enforce_eager": True,
-        "tensor_parallel_size": 2,
-        "override_generation_config": {"a": 1},
-    }
