@@ -13,6 +13,9 @@ COMMANDS = (
     "bias", "generalise", "calibrate", "update", "publish", "nano", "tower", "card",
 )  # fmt: skip
 
+#: Starts ``guard-train`` in a process of its own.
+LAUNCH = (sys.executable, "-m", "guard_training")
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from guard_training.evaluation.outcomes import Outcome
@@ -128,11 +129,22 @@ def test_the_files_hold_every_variant_and_its_figures(recipe: GrpoSettings, tmp_
     assert labels == [BEFORE, *(name for name in VARIANTS if name != "image only")]
 
 
+def test_whether_a_variant_is_finished_is_asked_of_its_training(recipe: GrpoSettings, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "guard.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe), sort_keys=False))
+    launch = ["/bin/sh", "-c", 'echo "guard-train: begun with other settings" >&2; exit 1']
+    assert ablation.trainer(tmp_path / "rows.jsonl", "nano", launch)(recipe, tmp_path) == "begun with other settings"
+
+
 def test_training_runs_in_a_process_of_its_own_and_its_reason_comes_back(recipe: GrpoSettings, tmp_path: Path) -> None:
     launch = ["/bin/sh", "-c", 'echo "guard-train: $1 is not there" >&2; exit 1', "sh"]
     train = ablation.trainer(tmp_path / "rows.jsonl", "nano", launch)
     assert train(recipe, folder_of(tmp_path, "text only")) == "grpo is not there"
     assert read_settings(GrpoSettings, tmp_path / "text-only" / "recipe.yaml") == recipe
+    # what an earlier run said is no reason of this one
+    silent = ablation.trainer(tmp_path, "nano", ["/bin/false"])
+    assert silent(recipe, folder_of(tmp_path, "text only")) == "no word (see log.txt)"
     assert ablation.trainer(tmp_path, "nano", ["/bin/true"])(recipe, tmp_path / "x") is None
     with pytest.raises(KeyboardInterrupt):
         ablation.trainer(tmp_path, "nano", ["/bin/sh", "-c", "exit 130"])(recipe, tmp_path / "y")

@@ -10,8 +10,8 @@ by row, with the full recipe.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from guard_training.cli import LAUNCH
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
@@ -41,7 +42,6 @@ VARIANTS: dict[str, Callable[[GrpoSettings], GrpoSettings]] = {
     "text only": lambda recipe: replace(recipe, rows="text"),
     "image only": lambda recipe: replace(recipe, rows="image"),
 }
-_LAUNCH = (sys.executable, "-c", "import sys; from guard_training.cli import main; sys.exit(main())")
 _ALARM = "stopped by an alarm"
 
 Train = Callable[[GrpoSettings, Path], str | None]
@@ -63,21 +63,24 @@ def folder_of(output: Path, variant: str) -> Path:
     return output / variant.replace(" ", "-")
 
 
-def trainer(rows: Path, model: str, launch: Sequence[str] = _LAUNCH) -> Train:
-    """Trains a variant in a process of its own; gives None, or the reason why it did not come to its end."""
+def trainer(rows: Path, model: str, launch: Sequence[str] = LAUNCH) -> Train:
+    """Trains a variant in a process of its own; gives None, or the reason why it did not come to its end.
+
+    A finished one is started too: ``grpo`` alone knows whether the folder is of this recipe, these rows and weights.
+    """
 
     def train(recipe: GrpoSettings, folder: Path) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
-        file, text = folder / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False)
-        if (folder / "model" / "guard.json").is_file() and file.read_text("utf-8") == text:
-            return None
-        file.write_text(text, encoding="utf-8")
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
         command = [*launch, "grpo", "--rows", str(rows), "--model", model, "--recipe", str(file)]
-        with (folder / "log.txt").open("ab") as log:
+        with (folder / "log.txt").open("a+b") as log:
+            begun = log.seek(0, os.SEEK_END)
             done = subprocess.run([*command, "--output", str(folder)], stdout=log, stderr=log, check=False)  # noqa: S603
+            log.seek(begun)
+            said = log.read().decode(errors="replace").strip().splitlines()
         if done.returncode == 0:
             return None
-        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
         told = [line for line in said if line.startswith("guard-train: ")]
         if done.returncode == 130:
             raise KeyboardInterrupt
