@@ -12,6 +12,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from guard_middleware.guard.parse import parse
@@ -22,6 +23,7 @@ from guard_training.tuning import run, sft
 from guard_training.tuning.contract import Contract, load_contract, load_model
 from guard_training.tuning.settings import LoraSettings, RecipeError, SftSettings
 from guard_training.tuning.sft import IGNORED, Collator, GuardSFTTrainer, encode_rows, to_dataset, train
+from tests.tiny_model import make_folder
 
 ADAPTERS = LoraSettings(4, 8, 0.0, ["q_proj", "v_proj", "gate_proj"])
 
@@ -228,6 +230,17 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(recipe: SftSettings, r
     _train(recipe, rows, tmp_path / "run", steps=1)
     with pytest.raises(OutputError, match="learning_rate"):
         _train(replace(recipe, learning_rate=1e-3), rows, tmp_path / "run")
+
+
+def test_other_weights_do_not_go_on_in_the_same_folder(recipe: SftSettings, rows: list[Row], tmp_path: Path) -> None:
+    guard = make_folder(tmp_path / "guard")
+    _train(replace(recipe, model=str(guard)), rows, tmp_path / "run", steps=1)
+    moved = replace(recipe, model=str(guard.rename(tmp_path / "moved")))
+    assert _train(moved, rows, tmp_path / "run", steps=2)[1]
+    file = tmp_path / "moved" / "model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file)
+    with pytest.raises(OutputError, match=r"other settings \(model\)"):
+        _train(moved, rows, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

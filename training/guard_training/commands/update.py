@@ -81,7 +81,7 @@ def run(given: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     given.cpu = given.cpu or not torch.cuda.is_available()
     if given.stage:
-        _stage(given, console)
+        _stage(given)
         return
     missing = [name for name in ("corrections", "evaluate", "golden", "output") if not getattr(given, name)]
     if missing:
@@ -89,13 +89,19 @@ def run(given: argparse.Namespace) -> None:
     _update(given, console)
 
 
-def _stage(given: argparse.Namespace, console: Console) -> None:
+def _stage(given: argparse.Namespace) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
     from guard_training.update.train import read_stage, train_lessons
 
+    main = PartialState(cpu=given.cpu).is_main_process
+    console = Console(width=None if sys.stdout.isatty() else 150, quiet=not main)
     train_lessons(given.stage, console=console, read=_reader(read_stage(given.stage).reader), cpu=given.cpu)
 
 
 def _update(given: argparse.Namespace, console: Console) -> None:
+    from guard_training.cli import LAUNCH
     from guard_training.corpus.rows import Skipped
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
@@ -119,7 +125,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
         licence=given.licence,
         limits=given.limits.read_text("utf-8") if given.limits else None,
     )
-    launch = shlex.split(given.launch) if given.launch else pipeline.LAUNCH
+    launch = shlex.split(given.launch) if given.launch else LAUNCH
     skipped = Skipped()
     try:
         folder = pipeline.run(

@@ -228,18 +228,19 @@ def train(
     read: Read | None = None,
     steps: int | None = None,
     cpu: bool = False,
+    contract: Contract | None = None,
 ) -> Path | None:
     """Trains on the rows of ``data`` and returns the guard's folder, ``output/model``; None where ``steps`` ended it.
 
-    ``read`` reads an image's bytes, for a recipe with ``reader``. Raises ``OutputError`` for a folder that was begun
-    with another recipe or other data.
+    ``read`` reads an image's bytes, for a recipe with ``reader``; ``contract`` is the guard's own unless given.
+    Raises ``OutputError`` for a folder that was begun with another recipe, other data or other weights.
     """
-    begin_once(output, {"data": digest(data), **asdict(recipe)})
+    contract = contract or load_contract(recipe.model, max_pixels=recipe.max_pixels)
+    begin_once(output, {"data": digest(data), **asdict(recipe), "model": contract.facts.revision})
     folder, checkpoints = output / "model", output / "checkpoints"
     if (folder / "guard.json").is_file():
         console.print(f"{folder} is finished", highlight=False)
         return folder
-    contract = load_contract(recipe.model, max_pixels=recipe.max_pixels)
     # what the main process has read stands in the file when the others come
     with PartialState().main_process_first():
         reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None

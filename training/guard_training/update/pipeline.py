@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from rich.progress import Progress, track
 from guard_middleware.types import Verdict
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
+from guard_training.cli import LAUNCH
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import Row, Skipped, read_good_rows, row_to_json
 from guard_training.evaluation.measure import Asked, ask_all, identity, measure, sample, usable, worker, write_json
@@ -56,7 +56,6 @@ from guard_training.update.train import LESSONS, write_stage
 
 #: Rows that the scores are calibrated on, at most.
 _CALIBRATION_ROWS = 600
-LAUNCH = (sys.executable, "-c", "import sys; from guard_training.cli import main; sys.exit(main())")
 
 #: Makes the guard of the prepared folder and returns its place.
 Train = Callable[["Plan"], Path]

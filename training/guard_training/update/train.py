@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 
 from guard_middleware.guard.prompt import Encoded, render
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import digest, write_whole
+from guard_training.rowfile import write_whole
 from guard_training.tuning import sft
-from guard_training.tuning.contract import Contract, load_contract, load_model
-from guard_training.tuning.run import Bar, Meter, last_checkpoint, save_guard
+from guard_training.tuning.contract import Contract, load_contract
 from guard_training.tuning.settings import SftSettings, settings
 from guard_training.update.corrections import whole
 from guard_training.update.lessons import read_lessons
@@ -57,24 +55,19 @@ def train_lessons(folder: Path, *, console: Console, read: Read | None = None, c
 
     Returns ``folder/sft/model``. ``read`` reads an image's bytes, for a recipe with ``reader``.
     """
-    recipe, lessons, run = read_stage(folder), folder / LESSONS, folder / RUN
-    sft.begin_once(run, {"data": digest(lessons), **asdict(recipe)})
-    made, checkpoints = run / "model", run / "checkpoints"
-    if (made / "guard.json").is_file():
-        return made
-    skipped = Skipped()
-    contract = chat_contract(recipe.model, max_pixels=recipe.max_pixels)
-    # what the main process has read stands in the file when the others come
-    with PartialState(cpu=cpu).main_process_first():
-        reader = DrawnText(folder / "drawn.jsonl", read) if recipe.reader and read else None
-        examples = sft.encode_rows(contract, read_lessons(lessons, skipped), recipe.cutoff, skipped, reader)
-    args = sft.arguments(recipe, checkpoints, cpu=cpu)
-    trainer = sft.build(recipe, contract, examples, args, model=load_model(contract.folder))
-    meter, last = Meter(), last_checkpoint(checkpoints)
-    trainer.add_callback(meter)
-    with Bar().over(trainer):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    console.print(f"{len(examples)} lessons; {meter.summary()}", highlight=False)
+    recipe, lessons, skipped = read_stage(folder), folder / LESSONS, Skipped()
+    sft.train(
+        recipe,
+        lessons,
+        read_lessons(lessons, skipped),
+        folder / RUN,
+        skipped,
+        console=console,
+        # what was read for the rationales is not read again
+        read=DrawnText(folder / "drawn.jsonl", read) if read else None,
+        cpu=cpu,
+        contract=chat_contract(recipe.model, max_pixels=recipe.max_pixels),
+    )
     if skipped.reasons:
         console.print(skipped.summary(), markup=False, highlight=False)
-    return save_guard(trainer, contract, made)
+    return folder / RUN / "model"
