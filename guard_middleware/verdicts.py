@@ -6,7 +6,8 @@
   deadline, and the question ends only when nobody waits for it.
 - **Verdicts are kept** (errors never), under a digest of the whole content, of what is asked about it, and of the
   weights that judged. "What is asked" includes the mode: a verdict without reasoning never stands for one with it.
-  The weights are those of the newest verdict; when they change, no older entry is found any more.
+  The weights are those of the newest verdict, or those that ``serving`` named last; when they change, no older entry
+  is found any more.
 - **Conversations**: the beginning of a conversation that was judged unharmful as a request of its own, and each answer
   that was judged unharmful, leave a mark. Where a mark is found, the guard is asked about a ``turns.view`` of the
   conversation. Where none is, or the earlier verdict came close to a threshold, or the weights turn out to be others
@@ -81,6 +82,7 @@ class CachedGuard:
         self._clean_below, self._on_event = clean_below, on_event
         self._flights: dict[bytes, _Flight] = {}
         self._weights: _Weights | None = None
+        self._told = False
         self._chores: set[asyncio.Task[None]] = set()
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
@@ -126,8 +128,9 @@ class CachedGuard:
 
     def serving(self, model: str, revision: str) -> None:
         """The guard says that from now on these weights judge: what others said answers nothing any more, be it kept or
-        still on its way. Whoever waits for it already gets it."""
-        now = asyncio.get_running_loop().time()
+        still on its way. Whoever waits for it already gets it. Once a guard has said so, no verdict does: one of others
+        (a worker that stands in) is kept as theirs."""
+        now, self._told = asyncio.get_running_loop().time(), True
         self._weights = _Weights(self._identity(model, revision), now, now)
         self._flights.clear()
 
@@ -206,9 +209,16 @@ class CachedGuard:
         if asked >= end:
             return GuardError(GuardErrorKind.TIMEOUT, "no verdict before the deadline")
         outcome = await self._guard.moderate(replace(request, deadline=end - asked))
-        if isinstance(outcome, Verdict) and (self._weights is None or self._weights.asked <= asked):
-            self._weights = _Weights(self._revision(outcome), asked, loop.time())
+        if isinstance(outcome, Verdict) and self._names(revision := self._revision(outcome), asked):
+            self._weights = _Weights(revision, asked, loop.time())
         return outcome
+
+    def _names(self, revision: str, asked: float) -> bool:
+        """Whether a verdict says which weights judge now."""
+        weights = self._weights
+        if self._told:
+            return weights is not None and weights.revision == revision
+        return weights is None or weights.asked <= asked
 
     async def _past(self, content: _Content, revision: str) -> Past:
         """What the store knows of the conversation's beginnings, the longest first."""

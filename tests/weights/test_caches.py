@@ -7,6 +7,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from guard_middleware.errors import GuardError
 from guard_middleware.guard.client import GuardClient
 from guard_middleware.stores import MemoryStore
@@ -149,6 +151,26 @@ def test_a_worker_that_went_away_may_come_back_with_other_weights() -> None:
         cached.unknown()
         guard.revision = "new"
         assert await revision(cached) == ("new", False)
+
+    run(main())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_verdict_of_a_worker_that_stands_in_does_not_make_its_weights_those_that_judge(known: bool) -> None:
+    async def main() -> None:
+        guard = Changing()
+        cached = CachedGuard(guard, MemoryStore(**STORE))
+        cached.serving("m", "old")
+        await revision(cached)
+        cached.serving("m", "new")
+        if not known:
+            cached.unknown()
+        assert await revision(cached, "another question") == ("old", False)
+        guard.revision = "new"
+        assert await revision(cached) == ("new", False)
+        assert await revision(cached, "another question") == ("new", False)
+        cached.serving("m", "old")
+        assert await revision(cached, "another question") == ("old", True)
 
     run(main())
 
