@@ -93,7 +93,8 @@ class Runtime:
         for name, client in self.workers.clients.items():
             client.on_lost = self.caches.guards[name].unknown
         for name, follower in self.weights.items():
-            follower.on_serving = self.caches.guards[name].serving
+            cached = self.caches.guards[name]
+            follower.on_serving, follower.on_unknown = cached.serving, cached.unknown
 
     @property
     def worker(self) -> WorkerProcess | None:

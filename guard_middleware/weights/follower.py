@@ -5,7 +5,9 @@ so, and until then every start is on the old weights. At most two workers are lo
 answers its last questions.
 
 A promotion is on trial while the old worker stays loaded (``keep``): if the new one's process ends in that time, the
-old one serves again, and the state says ``reverted``. A staged worker whose process ends is not staged any more.
+old one serves again, and the state says ``reverted``. What a rollback takes out of service never does. A staged worker
+whose process ends is not staged any more. The active one, where none is behind it, is started again if its files are
+still those that were promoted; until it has said which weights it has, nobody knows.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.golden import Case
 from guard_middleware.weights.seats import Compared, Seat, Switch
-from guard_middleware.weights.state import Entry, Golden, Refused, Revision, State
+from guard_middleware.weights.state import Entry, Golden, Refused, Revision, State, same
 from guard_middleware.wire import ModerationRequest
 
 logger = logging.getLogger(__name__)
@@ -53,14 +55,18 @@ class Trials:
 
 @dataclass(slots=True)
 class _Trial:
+    """``why`` it failed; the state says so as soon as it can be written. ``seat`` may be the warm one."""
+
     id: int
     task: asyncio.Task[None]
     seat: Seat | None = None
+    why: str | None = None
 
 
 class Follower:
     """The guard of a gateway with a weights directory. ``command`` makes a worker's command of a model and a socket;
-    it may be replaced before the start. ``on_serving`` is told the model and revision that answer from now on."""
+    it may be replaced before the start. ``on_serving`` is told the model and revision that answer from now on,
+    ``on_unknown`` that the active worker has ended, and whatever comes back has not said yet what it is."""
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class Follower:
         self._directory, self._trials = directory, trials
         self._on_entry = on_entry
         self.on_serving: Callable[[str, str], None] = lambda model, revision: None
+        self.on_unknown: Callable[[], None] = lambda: None
         self.switch = Switch(trials.share, on_compared)
         self._held, self._starting = contextlib.ExitStack(), asyncio.Lock()
         self._sockets = Path()
@@ -163,7 +170,7 @@ class Follower:
 
     async def _step(self) -> None:
         loop, switch = asyncio.get_running_loop(), self.switch
-        await self._look_after_the_gone()
+        self._look_after_the_gone()
         if self._unwritten is not None:
             why, self._unwritten = self._unwritten, None
             try:
@@ -171,7 +178,8 @@ class Follower:
             except OSError:  # a full disk; it is tried again, so that the next start is not on weights that died
                 self._unwritten = why
                 raise
-        if switch.warm is not None and loop.time() >= self._warm_until:
+        used = self._trial is not None and self._trial.seat is switch.warm
+        if switch.warm is not None and not used and loop.time() >= self._warm_until:
             self._retire_warm()
         stamp = await asyncio.to_thread(self._directory.stamp)
         if stamp != self._stamp:
@@ -179,6 +187,9 @@ class Follower:
             self._stamp = stamp
         found = self._state
         staged, trial = found.staged, self._trial
+        if trial is not None and trial.why is not None and staged is not None and staged.id == trial.id:
+            found = await self._update(partial(state.failed, id=trial.id, why=trial.why, at=now()))
+            staged = found.staged
         if trial is not None and (staged is None or staged.id != trial.id or staged.phase == "failed"):
             await self._end_trial()
             trial = None
@@ -190,44 +201,50 @@ class Follower:
         if staged.phase == "new" and trial is None:
             self._trial = trial = _Trial(staged.id, asyncio.create_task(self._try(found), name="guard-staging"))
         if found.order is not None and staged.phase == "ready" and trial is not None and trial.seat is not None:
-            await self._carry_out(found, trial.seat)
+            try:
+                await self._carry_out(found, trial.seat)
+            except OSError:  # a full disk; it is tried again
+                raise
+            except Exception as error:
+                logger.error("weights: the order is dropped: %s", error, exc_info=not _known(error))
+                await self._update(partial(state.declined, why=str(error) or type(error).__name__, at=now()))
         elif trial is not None and switch.shadow != staged.shadow and loop.time() - self._counted > _COUNT_SECONDS:
             self._counted = loop.time()
             await self._update(partial(state.shadowed, id=staged.id, shadow=switch.shadow))
 
-    async def _look_after_the_gone(self) -> None:
+    def _look_after_the_gone(self) -> None:
         """A worker that has ended by itself: the supervisor restarts the active one where there is none behind it."""
         switch = self.switch
         gone, self._gone = self._gone, {}
         for seat, code in gone.items():
-            why = f"its worker exited with {code}"
-            if seat is switch.active and switch.warm is not None:
-                serves, switch.warm = switch.warm, None
-                switch.active = serves
+            serves = switch.warm
+            if seat is switch.active and serves is not None and (identity := self._identities.get(serves)) is not None:
+                switch.active, switch.warm = serves, None
                 self._end(self._stop(seat))
-                self.on_serving(*self._identities[serves])
-                logger.error("weights: %s: %s; %s serves again", seat.revision.says(), why, serves.revision.says())
-                self._unwritten = why
+                self.on_serving(*identity)
+                self._unwritten = f"its worker exited with {code}"
+                says = seat.revision.says(), self._unwritten, serves.revision.says()
+                logger.error("weights: %s: %s; %s serves again", *says)
             elif seat is switch.warm:
                 self._retire_warm()
-            elif self._trial is not None and seat is self._trial.seat:
-                await self._update(partial(state.failed, id=self._trial.id, why=why, at=now()))
 
     # -- staging
 
     async def _try(self, found: State) -> None:
-        """Loads what is staged and tries it; whatever comes of it is in the state at the end."""
-        staged = found.staged
+        """Loads what is staged and tries it; what comes of it is in the state at the end, or in ``_Trial.why``."""
+        staged, trial = found.staged, self._trial
         assert staged is not None
+        assert trial is not None
         again = found.order is not None  # a rollback: it has served before
+        before = self.switch.active and self._identities.get(self.switch.active)
         try:
-            seat = await self._loaded(staged.id, staged.revision)
+            seat = await self._loaded(trial, staged.revision, again)
             identity = await seat.identity()
             if identity is None:
                 raise GuardError(GuardErrorKind.UNAVAILABLE, "its worker went away")
             self._identities[seat] = identity
             active = self.switch.active
-            if active is not None and identity == self._identities.get(active):
+            if identity in (before, active and self._identities.get(active)):
                 raise Refused(
                     f"it calls itself {identity[0]}@{identity[1]}, as the active weights do: no record could "
                     "tell them apart"
@@ -240,26 +257,27 @@ class Follower:
         except Exception as error:
             why = error.message if isinstance(error, GuardError) else str(error) or type(error).__name__
             logger.error("weights: %s could not be staged: %s", staged.revision.says(), why, exc_info=not _known(error))
-            with contextlib.suppress(Refused):  # it is not staged any more
-                await self._update(partial(state.failed, id=staged.id, why=why, at=now()))
+            trial.why = why
         self._woken.set()
 
-    async def _loaded(self, id: int, revision: Revision) -> Seat:
-        trial, switch = self._trial, self.switch
-        assert trial is not None
-        if switch.warm is not None and switch.warm.revision.model == revision.model:
-            trial.seat, switch.warm = switch.warm, None
-            return trial.seat
+    async def _loaded(self, trial: _Trial, revision: Revision, again: bool) -> Seat:
+        """The trial's worker: the warm one where it has these weights, which stays warm until they serve."""
+        warm = self.switch.warm
+        # Files without checksums may be others by now: only to serve again is the warm worker better than they are.
+        if warm is not None and same(warm.revision, revision) and (again or revision.sums is not None):
+            trial.seat = warm
+            return warm
         self._retire_warm()
-        await asyncio.gather(*self._ending)  # its memory first
-        await self._update(partial(state.loading, id=id))
+        if self._ending:
+            await asyncio.wait(self._ending)  # their memory first; a gather that is cancelled would cancel them
+        await self._update(partial(state.loading, id=trial.id))
         wrong = await _mismatch(revision)
         if wrong is not None:
             raise Refused(wrong)
-        trial.seat = self._seat(revision)
-        await trial.seat.start()
-        await trial.seat.wait_ready(READY_SECONDS)
-        return trial.seat
+        trial.seat = seat = self._seat(revision)
+        await seat.start()
+        await seat.wait_ready(READY_SECONDS)
+        return seat
 
     async def _end_trial(self) -> None:
         trial, self._trial = self._trial, None
@@ -267,7 +285,7 @@ class Follower:
         self.switch.try_out(None)
         trial.task.cancel()
         await asyncio.gather(trial.task, return_exceptions=True)
-        if trial.seat is not None:
+        if trial.seat is not None and trial.seat not in (self.switch.active, self.switch.warm):
             await self._stop(trial.seat)
 
     # -- promotion
@@ -281,19 +299,22 @@ class Follower:
         if wrong is not None and not order.force:
             await self._update(partial(state.declined, why=wrong, at=now()))
             return
-        if await seat.identity() != self._identities[seat]:
+        identity = await seat.identity()
+        if identity is None or identity != self._identities.get(seat):
             await self._update(partial(state.declined, why="its worker cannot moderate now", at=now()))
             return
-        counts = self.switch.shadow
+        counts, left = self.switch.shadow, self.switch.active
 
         def commit(current: State) -> State:
             return state.promoted(state.shadowed(current, staged.id, counts), at=now(), unchecked=wrong is not None)
 
-        await self._update(commit)
+        seat.revision = (await self._update(commit)).active
         self.switch.hand_over(seat)
         self._trial = None
         self._warm_until = asyncio.get_running_loop().time() + self._trials.keep
-        self.on_serving(*self._identities[seat])
+        if order.what == "roll back" or left not in self._identities:
+            self._retire_warm()  # what was withdrawn, or has never said what it is, stands in for nothing
+        self.on_serving(*identity)
         logger.warning("weights: %s serves", seat.revision.says())
 
     # -- seats
@@ -301,7 +322,7 @@ class Follower:
     def _seat(self, revision: Revision) -> Seat:
         self._sockets_made += 1
         socket = self._sockets / f"{self._sockets_made}.sock"
-        seat = Seat(revision, self.command(revision.model, str(socket)), socket, self._exited)
+        seat = Seat(revision, self.command(revision.model, str(socket)), socket, self._exited, _mismatch)
         self._seats.add(seat)
         return seat
 
@@ -311,6 +332,11 @@ class Follower:
         self._seats.discard(seat)
 
     def _exited(self, seat: Seat, code: int | None) -> None:
+        known, trial = self._identities.pop(seat, None), self._trial
+        if known and trial is not None and seat is trial.seat:  # one that was loading has told its last words itself
+            trial.why = f"its worker exited with {code}"
+        if seat is self.switch.active:
+            self.on_unknown()
         self._gone[seat] = code
         self._woken.set()
 
@@ -319,6 +345,8 @@ class Follower:
         identity = await seat.identity()
         if identity is not None and seat is self.switch.active and seat not in self._identities:
             self._identities[seat] = identity
+            if self._state.active.revision not in (None, identity[1]):
+                logger.warning("weights: %s calls itself %s now", self._state.active.says(), identity[1])
             self.on_serving(*identity)
             await self._update(partial(state.serving, revision=identity[1]))
 

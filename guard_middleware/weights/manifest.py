@@ -1,7 +1,7 @@
 """``SHA256SUMS`` of a revision's folder, as ``guard-train publish`` writes it and ``sha256sum -c`` reads it.
 
-Refuses (``ManifestError``): no checksums, none that are text, a file that is missing, changed or not named there, a name that leads out
-of the folder.
+Refuses (``ManifestError``): no checksums, or such as are no text, a file that is missing, changed or not named there,
+a name that leads out of the folder.
 """
 
 from __future__ import annotations

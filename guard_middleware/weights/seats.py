@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,15 +32,21 @@ Agreement = Literal["agreed", "stricter", "looser", "failed"]
 
 
 class Seat:
-    """One worker process with its weights. ``on_exit`` is told whenever the process has ended by itself."""
+    """One worker process with its weights. ``on_exit`` is told whenever the process has ended by itself; it is started
+    again where ``check`` has nothing against its files."""
 
     def __init__(
-        self, revision: Revision, argv: Sequence[str], socket: Path, on_exit: Callable[[Seat, int | None], None]
+        self,
+        revision: Revision,
+        argv: Sequence[str],
+        socket: Path,
+        on_exit: Callable[[Seat, int | None], None],
+        check: Callable[[Revision], Awaitable[str | None]],
     ) -> None:
         self.revision = revision
         self._on_exit = on_exit
         self._client = GuardClient(socket)
-        self._process = WorkerProcess(argv, socket, on_event=self._told)
+        self._process = WorkerProcess(argv, socket, on_event=self._told, check=lambda: check(self.revision))
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -133,7 +139,7 @@ class Switch:
         #: how policies ask, and what is harmful to each
         self.askings: Sequence[Asking] = ()
         self.active: Seat | None = None
-        #: the seat before the active one, while it is still loaded
+        #: the seat before the active one, while it is still loaded and may answer in its place
         self.warm: Seat | None = None
         self.shadow = Shadow()
         self._staged: Seat | None = None

@@ -115,7 +115,7 @@ def stage(state: State, revision: Revision, *, by: str, at: str, why: str = "") 
     """Tries ``revision`` beside the active one; it takes the place of what was staged. A folder that serves, or served
     before, keeps its files: without them there would be no way back."""
     _free(state)
-    if _same(revision, state.active):
+    if same(revision, state.active):
         raise Refused(f"{revision.name} is active already")
     for used in (state.active, state.previous):
         if used is not None and used.model == revision.model and used.sums not in (None, revision.sums):
@@ -166,7 +166,7 @@ def roll_back(state: State, *, by: str, at: str, force: bool = False) -> State:
 
 def taken(state: State, revision: Revision, what: str, *, by: str, at: str, why: str = "") -> State:
     """``revision`` is active from the next start on: what an operator does where no gateway runs."""
-    if _same(revision, state.active):
+    if same(revision, state.active):
         raise Refused(f"{revision.name} is active already")
     changed = replace(state, active=revision, previous=state.active, staged=None, order=None)
     return changed.noted(at, by, what, revision, why)
@@ -252,7 +252,7 @@ def reverted(state: State, why: str, *, at: str) -> State:
     if state.previous is None:
         raise Refused("there are no previous weights")
     failing, active, staged = state.active, state.previous, state.staged
-    done = staged is not None and _same(staged.revision, active)
+    done = staged is not None and same(staged.revision, active)
     changed = replace(state, active=active, previous=None)
     if done:
         changed = replace(changed, staged=None, order=None)
@@ -323,5 +323,6 @@ def _next_id(state: State) -> int:
     return state.number + 1  # the number of the entry that tells of it
 
 
-def _same(one: Revision, other: Revision) -> bool:
+def same(one: Revision, other: Revision) -> bool:
+    """Whether both are the same files, as far as anybody vouched for them."""
     return (one.model, one.sums) == (other.model, other.sums)
