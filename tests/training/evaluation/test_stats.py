@@ -10,12 +10,16 @@ from guard_training.evaluation.stats import (
     Confusion,
     Paired,
     Rate,
+    cell,
     confusion,
+    differences,
     f1_interval,
     mean_draws,
     pair,
+    paired_cell,
     percentile,
     percentiles,
+    resample_jointly,
 )
 
 
@@ -67,6 +71,21 @@ def test_the_bootstrap_of_counts_is_the_bootstrap_of_rows() -> None:
     assert f1_interval(pairs, draws=4000) == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=0.02)
 
 
+def test_rows_labelled_on_both_sides_are_resampled_as_one() -> None:
+    cells = [(n % 4, n % 4) for n in range(40)] + [(0, None)] * 10 + [(None, 3)] * 10
+    first, second = resample_jointly(cells, 4, np.random.default_rng(0), draws=500)
+    assert first.mean(axis=0) == pytest.approx([20, 10, 10, 10], abs=0.6)
+    assert second.mean(axis=0) == pytest.approx([10, 10, 10, 20], abs=0.6)
+    assert np.array_equal(first[:, 1:3], second[:, 1:3])  # the same rows have both
+
+
+@pytest.mark.parametrize(("is_", "called"), [(is_, called) for is_ in (True, False) for called in (True, False, None)])
+def test_a_cell_is_where_confusion_counts_the_row(is_: bool, called: bool | None) -> None:
+    counts = confusion([(is_, called)])
+    held = (counts.true_positive, counts.false_positive, counts.true_negative, counts.false_negative)
+    assert held.index(1) == cell(is_, called)
+
+
 def test_a_resample_without_a_class_is_left_out_of_the_mean() -> None:
     nan = float("nan")
     assert mean_draws([np.array([1.0, nan, nan]), np.array([0.0, 0.5, nan])]).tolist()[:2] == [0.5, 0.5]
@@ -83,14 +102,16 @@ def test_paired_counts_hold_both_sides(rows: list[tuple[bool, bool | None, bool 
     assert found.sides() == (confusion([(t, a) for t, a, _ in rows]), confusion([(t, b) for t, _, b in rows]))
     assert found.only_ours == sum(a is t and b is not t for t, a, b in rows)
     assert found.only_theirs == sum(b is t and a is not t for t, a, b in rows)
-    for values in found.differences(np.random.default_rng(0), draws=5).values():
+    cells = [(paired_cell(*row), None) for row in rows]
+    for values in differences(resample_jointly(cells, 8, np.random.default_rng(0), draws=5)[0]).values():
         assert np.all(np.isnan(values) | (np.abs(values) <= 1))
 
 
 def test_a_paired_difference_is_tighter_than_two_intervals() -> None:
     same: list[tuple[bool, bool | None, bool | None]] = [(True, n % 2 == 0, n % 2 == 0) for n in range(200)]
     better: list[tuple[bool, bool | None, bool | None]] = [(True, True, False)] * 6
-    found = pair(same + better).differences(np.random.default_rng(0))["recall"]
+    cells = [(paired_cell(*row), None) for row in same + better]
+    found = differences(resample_jointly(cells, 8, np.random.default_rng(0))[0])["recall"]
     low, high = percentiles(found) or (0.0, 0.0)
     assert 0.0 < low < 6 / 206 < high < 0.06
 

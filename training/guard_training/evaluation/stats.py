@@ -70,6 +70,11 @@ class Confusion:
         return 2 * self.true_positive / total if total else None
 
 
+def cell(is_: bool, called: bool | None) -> int:
+    """Where a row stands in ``resample``'s counts."""
+    return (0 if called is True else 3) if is_ else (2 if called is False else 1)
+
+
 def confusion(pairs: Sequence[tuple[bool, bool | None]]) -> Confusion:
     """Counts of (is harmful, was called harmful) pairs; a call of None is an error, and wrong either way."""
     tp = sum(is_ and called is True for is_, called in pairs)
@@ -91,6 +96,20 @@ def resample(counts: Confusion, rng: np.random.Generator, draws: int = DRAWS) ->
     """(draws, 4) counts of resampled rows: true and false positives, true and false negatives."""
     cells = (counts.true_positive, counts.false_positive, counts.true_negative, counts.false_negative)
     return _multinomial(cells, rng, draws)
+
+
+def resample_jointly(
+    cells: Sequence[Sequence[int | None]], kinds: int, rng: np.random.Generator, draws: int = DRAWS
+) -> list[Array]:
+    """Counts (draws, ``kinds``) of each side over rows that are drawn together, because both sides are of one row.
+
+    ``cells`` holds a row's cell on each of two sides; None where that side has no label.
+    """
+    counts = np.zeros((kinds + 1, kinds + 1), dtype=np.int64)
+    for first, second in cells:
+        counts[kinds if first is None else first, kinds if second is None else second] += 1
+    drawn = _multinomial(counts.ravel().tolist(), rng, draws).reshape(draws, kinds + 1, kinds + 1)
+    return [drawn.sum(axis=2)[:, :kinds], drawn.sum(axis=1)[:, :kinds]]
 
 
 def figures(cells: Array) -> dict[str, Array]:
@@ -154,17 +173,23 @@ class Paired:
         ours, theirs = _both(np.array([self.cells], dtype=np.float64))
         return _confusion(ours[0]), _confusion(theirs[0])
 
-    def differences(self, rng: np.random.Generator, draws: int = DRAWS) -> dict[str, Array]:
-        """Ours minus theirs of each figure, over resampled rows; the pairing is kept."""
-        ours, theirs = (figures(cells) for cells in _both(_multinomial(self.cells, rng, draws)))
-        return {name: ours[name] - theirs[name] for name in ours}
+
+def paired_cell(is_: bool, ours: bool | None, theirs: bool | None) -> int:
+    """Where a row stands in ``Paired.cells``; a call of None is wrong."""
+    return 4 * is_ + 2 * (ours is is_) + (theirs is is_)
+
+
+def differences(cells: Array) -> dict[str, Array]:
+    """Ours minus theirs of each figure, for resampled ``Paired.cells`` (draws, 8)."""
+    ours, theirs = (figures(one) for one in _both(cells))
+    return {name: ours[name] - theirs[name] for name in ours}
 
 
 def pair(rows: Sequence[tuple[bool, bool | None, bool | None]]) -> Paired:
     """Counts of (is harmful, our call, their call); a call of None is wrong."""
     cells = [0] * 8
     for is_, ours, theirs in rows:
-        cells[4 * is_ + 2 * (ours is is_) + (theirs is is_)] += 1
+        cells[paired_cell(is_, ours, theirs)] += 1
     return Paired(tuple(cells))
 
 
