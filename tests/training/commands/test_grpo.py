@@ -94,6 +94,14 @@ def test_a_dry_run_checks_the_real_architecture_without_weights(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_names_the_rows_it_left_out(
+    recipe: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run("--rows", rows, "--recipe", recipe, "--dry-run", "--output", tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 rows left out: rows.jsonl:5:" in said
+
+
 def test_a_rehearsal_does_two_updates_and_prints_seconds_and_memory(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,9 @@ def test_a_dry_run_needs_neither_weights_nor_data(capsys: pytest.CaptureFixture[
 
 def test_a_dry_run_counts_the_rows_it_is_given(recipe: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run("--recipe", recipe, "--dry-run", "--data", data, "--devices", 2)
-    assert "6 rows x 1 epochs in 3 steps of 2 rows: 1 x 1 x 2 devices" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 rows x 1 epochs in 3 steps of 2 rows: 1 x 1 x 2 devices" in said
+    assert "1 rows left out:\n  rows.jsonl:7: not a labelled row" in said
 
 
 def test_random_weights_train_for_real(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,11 +63,6 @@ def run(given: argparse.Namespace) -> None:
     cpu = given.cpu or not torch.cuda.is_available()
     console = Console(width=None if sys.stdout.isatty() else 150, quiet=not PartialState(cpu=cpu).is_main_process)
     skipped = Skipped()
-    rows = read_good_rows(given.rows, skipped) if given.rows else None
-    if given.dry_run:
-        for line in on_meta(recipe, len(rows) if rows is not None else 12_000, given.output).lines():
-            console.print(line, highlight=False)
-        return
     if given.rehearse:
         done = with_weights(recipe, given.output)
         seconds = ", ".join(f"{value:.2f}" for value in done["seconds"])
@@ -76,6 +71,13 @@ def run(given: argparse.Namespace) -> None:
             f"with its rollout); peak memory {done['peak_bytes'] / 2**30:.2f} GiB",
             highlight=False,
         )
+        return
+    rows = read_good_rows(given.rows, skipped) if given.rows else None
+    if given.dry_run:
+        for line in on_meta(recipe, len(rows) if rows is not None else 12_000, given.output).lines():
+            console.print(line, highlight=False)
+        if skipped.reasons:
+            console.print(skipped.summary(), markup=False, highlight=False)
         return
     if rows is None:
         raise ValueError("nothing to train on; give --rows FILE")

@@ -100,6 +100,8 @@ def _dry_run(given: argparse.Namespace, recipe: SftSettings, console: Console) -
     for line in made.lines(recipe):
         console.print(line, highlight=False)
     console.print(made.table())
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False, highlight=False)
 
 
 def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, cpu: bool) -> None:
