@@ -2,7 +2,8 @@
 
 A session (``client.GuardClient``) belongs to one worker for as long as it lives; a load balancer such as Ray Serve can
 only spread what comes as requests. A question that was with a worker which went away is asked once more, of whichever
-worker the balancer then picks; the verdict is total, as ever.
+worker the balancer then picks; the verdict is total, as ever. A balancer that has too many questions already (503 or
+429 in its own words) is not asked more: that is ``overloaded``, and whoever asked may come back.
 
 Refuses: an answer that is none of ``wire``, is too long, or answers another question; a redirect is not followed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Mapping
 from functools import partial
 
 import aiohttp
@@ -67,15 +69,28 @@ class BalancedGuardClient(GuardClient):
             # aiohttp copies bytes at once, and warns of it, where they are more than this
             async with post(data=frame if len(frame) <= 2**20 else io.BytesIO(frame)) as response:
                 answer = await _body(response)
+                status, headers = response.status, response.headers
         except (aiohttp.ClientError, OSError):
             return gone()
         try:
             answered, outcome = decoded(answer)
         except WireError:
-            return gone()  # the balancer's own words: it had no worker, or lost it
-        if answered != id:
+            # the balancer's own words: it sheds load (Serve past max_queued_requests), or it lost the worker (500)
+            if status in (429, 503):
+                return GuardError(
+                    GuardErrorKind.OVERLOADED, f"the balancer is busy ({status})", retry_after=_wait(headers)
+                )
+            return gone()
+        # a worker that could not read the question cannot say which one it was
+        if answered != id and not (answered == "" and isinstance(outcome, GuardError)):
             raise WireError("the answer to another question")
         return outcome
+
+
+def _wait(headers: Mapping[str, str]) -> float:
+    """Seconds of ``retry-after``; a date, nonsense or nothing is 1."""
+    said = headers.get("retry-after", "")
+    return min(float(said), 60.0) if said.isascii() and said.isdecimal() else 1.0
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

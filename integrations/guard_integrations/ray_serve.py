@@ -121,7 +121,7 @@ class Replica:
 
 #: The numbers are a start; set them under ``deployments`` in Serve's configuration. ``max_ongoing_requests``
 #: (``application``) keeps a replica's batches full, and its queue a few verdicts long; what is beyond
-#: ``max_queued_requests`` at one proxy is refused there, which a gateway hears as ``unavailable``.
+#: ``max_queued_requests`` at one proxy is refused there, which a gateway hears as ``overloaded``.
 _DEPLOYMENT = serve.deployment(
     serve.ingress()(Replica),
     name="Guard",

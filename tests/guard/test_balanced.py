@@ -130,7 +130,7 @@ def test_an_image_of_megabytes_arrives_whole() -> None:
 LOST = [
     ("hangs up", raw(None)),
     ("a balancer's own error", raw(http(b"Internal Server Error", "500 Internal Server Error"))),
-    ("a balancer without workers", raw(http(b"no backend", "503 Service Unavailable"))),
+    ("a balancer without workers", raw(http(b"no backend", "502 Bad Gateway"))),
     ("an answer cut off", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\nconnection: close\r\n\r\n{")),
     ("no HTTP", raw(b"hello\r\n\r\n")),
     ("a redirect", raw(http(b"", "307 Temporary Redirect", "location: http://127.0.0.1:1/"))),
@@ -161,6 +161,38 @@ def test_content_that_ends_two_workers_does_not_reach_a_third(answer: Answer) ->
     run(work())
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "wait"),
+    [
+        ("503 Service Unavailable", (), 1.0),
+        ("503 Service Unavailable", ("retry-after: 7",), 7.0),
+        ("429 Too Many Requests", ("retry-after: 7000",), 60.0),
+        ("429 Too Many Requests", ("retry-after: Wed, 21 Oct 2026 07:28:00 GMT",), 1.0),
+    ],
+)
+def test_a_balancer_that_sheds_load_is_not_asked_more(status: str, headers: tuple[str, ...], wait: float) -> None:
+    async def work() -> None:
+        async with balanced(raw(http(b"Request dropped due to backpressure", status, *headers))) as (client, balancer):
+            outcome = await client.moderate(question())
+            assert isinstance(outcome, GuardError)
+            assert (outcome.kind, outcome.retry_after) == (GuardErrorKind.OVERLOADED, wait)
+            assert len(balancer.asked) == 1
+
+    run(work())
+
+
+@pytest.mark.parametrize(("kind", "status"), [("too_long", "413 Content Too Large"), ("internal", "400 Bad Request")])
+def test_a_worker_that_could_not_read_the_question_is_heard(kind: str, status: str) -> None:
+    async def work() -> None:
+        said = GuardError(kind, "the worker's own words")
+        async with balanced(raw(http(encode_answer("", said), status))) as (client, _):
+            outcome = await client.moderate(question())
+            assert isinstance(outcome, GuardError)
+            assert (outcome.kind, outcome.message) == (GuardErrorKind(kind), said.message)
+
+    run(work())
+
+
 @pytest.mark.parametrize("kind", [kind for kind in GuardErrorKind if kind is not GuardErrorKind.UNAVAILABLE])
 def test_an_error_that_a_worker_found_stands(kind: GuardErrorKind) -> None:
     async def work() -> None:
@@ -174,6 +206,8 @@ def test_an_error_that_a_worker_found_stands(kind: GuardErrorKind) -> None:
 
 WRONG = [
     ("the answer to another question", http(encode_answer("other", VERDICT))),
+    ("the answer to no question", http(encode_answer("", VERDICT))),
+    ("an error of another question", http(encode_answer("other", GuardError("timeout")))),
     ("too long", http(b" " * (MAX_ANSWER + 1))),
     ("a label for an answer that was not given", None),
 ]
