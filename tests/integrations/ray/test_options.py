@@ -39,8 +39,12 @@ except ConfigError as error:
     print(json.dumps({"refused": str(error)}))
     sys.exit()
 deployment = built._bound_deployment
-load, stall = deployment.init_args
-told = {"options": {k: str(v) for k, v in vars(load.args[0]).items()}, "stall": stall, "name": deployment.name}
+load, stall, in_flight = deployment.init_args
+scaling = deployment._deployment_config.autoscaling_config
+told = {
+    "options": {k: str(v) for k, v in vars(load.args[0]).items()}, "stall": stall, "name": deployment.name,
+    "load": [scaling.target_ongoing_requests, deployment._deployment_config.max_ongoing_requests, in_flight],
+}
 print(json.dumps({**told, "judged": asyncio.run(judge(load)) if "judge" in sys.argv else None}))
 """
 
@@ -78,7 +82,26 @@ def test_the_example_builds_the_guard_that_ships_and_it_judges() -> None:
         ({"threads": "many"}, "--threads"),
         ({"port": 9000}, "`port` is Serve's business"),
         ({"exit-with-parent": True}, "`exit-with-parent` is Serve's business"),
+        ({"guard_format": "singguard", "endpoint_model": "m"}, "says nothing without --endpoint"),
+        ({"engine": "vllm", "vllm_arg": {"dtype": "float16"}}, "`vllm_arg` has a value that is no option's"),
+        ({"engine": "vllm", "vllm_arg": [["dtype=float16"]]}, "`vllm_arg` has a value that is no option's"),
+        ({"threads": None}, "`threads` has a value that is no option's"),
     ],
 )
 def test_options_that_the_worker_has_not_are_refused(args: dict[str, Any], message: str) -> None:
     assert message in built(args)["refused"]
+
+
+@pytest.mark.parametrize(
+    ("args", "target", "most"),
+    [
+        ({}, 16, 32),
+        ({"max_batch": 16, "max_queue": 4}, 10, 20),
+        ({"engine": "vllm", "vllm_arg": ["dtype=float16", "data_parallel_size=2"], "max_queue": 512}, 512, 1024),
+    ],
+)
+def test_serve_gives_a_replica_as_much_as_its_guard_takes(args: dict[str, Any], target: int, most: int) -> None:
+    found = built(args)
+    assert found["load"][:2] == [target, most]
+    assert found["load"][2] > most
+    assert found["options"]["vllm_arg"] == str(args.get("vllm_arg", []))
