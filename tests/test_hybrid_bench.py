@@ -18,6 +18,7 @@ from guard_middleware.worker.calibration import Calibration
 from guard_middleware.worker.engine_transformers import TransformersEngine
 from guard_middleware.worker.weights import load
 from guard_training.corpus.rows import Row
+from guard_training.evaluation.outcomes import blank
 from guard_training.nano.export import export, shape
 from guard_training.nano.model import build_model
 from guard_training.nano.recipe import default_recipe, read_recipe
@@ -36,6 +37,14 @@ def test_only_sides_with_both_classes_are_measured() -> None:
     kept = hybrid.both_classes(ROWS)
     assert {row.id[0] for row in kept} == {"a", "b"}
     assert {row.request for row in kept if row.source == "talk"} == {None}
+
+
+def test_a_row_without_a_verdict_is_not_one_for_no_tokens() -> None:
+    said = [blank(row) for row in ROWS[:4]]
+    made = [dataclasses.replace(one, request=one.request_label, completion_tokens=20) for one in said[:2]]
+    lost = [dataclasses.replace(one, error="truncated") for one in said[2:]]
+    found = hybrid.figures([(one, False) for one in (*made, *lost)])
+    assert (found.tokens, found.by_source, found.errors) == (20.0, {("locks", "request"): 20.0}, 2)
 
 
 def test_every_prompt_runs_once_however_many_bounds_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

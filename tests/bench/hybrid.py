@@ -4,7 +4,8 @@
 
 The worker's own service judges every row in every mode, cascade, windows and calibration included. An output is made
 once for each prompt and kept (greedy decoding gives the same again), so the curve over many bounds costs no more than
-one run with reasoning and one without. Only sources with both classes count; a guard error is wrong. Targets: some
+one run with reasoning and one without. Only sources with both classes count; a guard error is wrong, and says nothing
+of tokens: their mean is over verdicts. Targets: some
 bounds at which every source keeps its F1 to a point and the mean tokens are a quarter of those of reason. Choose bounds
 on held-back training rows (--held-back), and read them off on dev once.
 """
@@ -44,7 +45,7 @@ from guard_training.evaluation.outcomes import Outcome, blank, outcome
 from guard_training.update.lessons import HELD_BACK
 
 #: hybrid thinks from x to 1 - x
-LOWS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+LOWS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.41, 0.42, 0.43, 0.44, 0.45, 0.46, 0.47, 0.48, 0.49)
 SHOWN = (0.05, 0.1, 0.2, 0.3)
 _BATCH = 16
 _SECONDS = 3600.0
@@ -52,7 +53,7 @@ _SECONDS = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """F1 in per cent by (source, side), mean tokens by it and over all rows; ``errors`` are rows without a verdict."""
+    """F1 in per cent by (source, side), mean tokens by it and over all verdicts; ``errors`` are rows without one."""
 
     f1: Mapping[tuple[str, str], float]
     by_source: Mapping[tuple[str, str], float]
@@ -130,11 +131,17 @@ def figures(judged: Sequence[tuple[Outcome, bool]]) -> Figures:
     grouped = groups(outcomes)
     return Figures(
         {(one["source"], one["side"]): 100 * one["f1"]["value"] for one in sources if one["f1"]},
-        {key: _mean([one.completion_tokens or 0 for one in found]) for key, found in grouped.items()},
-        _mean([one.completion_tokens or 0 for one in outcomes]),
+        {key: _tokens(found) for key, found in grouped.items()},
+        _tokens(outcomes),
         _mean([thought for _, thought in judged]),
         sum(one.error is not None for one in outcomes),
     )
+
+
+def _tokens(outcomes: Sequence[Outcome]) -> float:
+    """The mean of a verdict, 0 where there is none."""
+    spent = [one.completion_tokens or 0 for one in outcomes if one.error is None]
+    return _mean(spent) if spent else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
