@@ -112,7 +112,8 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
         for row in made(80, answers=False)
     ]
     train = tmp_path / "train.jsonl.gz"
-    train.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{a line that was cut off\n"
+    train.write_bytes(gzip.compress(text.encode()))
     dev = tmp_path / "dev.jsonl"
     dev.write_text("".join(json.dumps(line) + "\n" for line in lines[:8]))
     seen: list[Rows] = []
@@ -129,7 +130,9 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
     assert any(row.source.startswith("bank_") for row in seen[0].prompts)
     written = [json.loads(line) for line in (tmp_path / "out" / "t.jsonl").read_text().splitlines()]
     assert [line["id"] for line in written] == [line["id"] for line in lines[:8]]
-    assert "8 rows answered" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 rows answered" in said
+    assert "train.jsonl.gz:81" in said
 
 
 _train = tfidf.train

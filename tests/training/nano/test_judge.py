@@ -53,9 +53,7 @@ def test_its_words_stay_as_the_encoder_has_them(tmp_path: Path) -> None:
     assert torch.equal(before, trained(tmp_path, 3).layers.state_dict()[words])
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "_SAVE_EVERY", 2)
-    monkeypatch.setattr(judging, "_WARMUP", 1)
+def test_a_run_that_was_stopped_goes_on_from_its_last_state(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", 6)
     trained(tmp_path / "parts", 3, of=6)  # the third step is lost
     assert torch.load(tmp_path / "parts" / "state.pt")["step"] == 2

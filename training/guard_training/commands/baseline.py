@@ -57,7 +57,7 @@ def run(given: argparse.Namespace) -> None:
     if not asked:
         raise ValueError(f"no usable row to answer; {skipped.summary()}")
     with console.status("reading the training rows"):
-        rows = training_rows(given.data, recipe, [*given.evaluate, *given.against])
+        rows = training_rows(given.data, recipe, [*given.evaluate, *given.against], skipped)
     drawn: dict[str, str] = {}
     if given.read_images:
         from guard_middleware.guard.reader import Reader

@@ -9,7 +9,8 @@ from pathlib import Path
 _ABOUT = """\
 Makes nano, the small guard, from labelled data: draws typographic images and reads them, trains a tokenizer,
 writes the reasoning with the deterministic teacher, and trains a Qwen2.5-VL-architecture model from scratch
-with TRL's SFTTrainer. A stopped run goes on from its last checkpoint when the same command is given again.
+with TRL's SFTTrainer. A stopped run goes on from its last checkpoint when the same command is given again, and is
+refused where recipe, data or bank are others by then.
 
   guard-train nano --data shared/data --output out --against shared/data/dev.jsonl.gz
   guard-train evaluate --data shared/data/dev.jsonl.gz --model out/model --json dev.json
@@ -51,6 +52,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> None:
     from guard_middleware.guard.reader import Reader
+    from guard_training.corpus.rows import Skipped
     from guard_training.nano.pipeline import train_nano
     from guard_training.nano.recipe import default_recipe, read_recipe
     from guard_training.nano.teacher import read_rationales
@@ -58,14 +60,18 @@ def run(given: argparse.Namespace) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     recipe = read_recipe(given.recipe or default_recipe())
     rationales = read_rationales(given.rationales) if given.rationales else {}
+    skipped = Skipped()
     folder = train_nano(
         given.data,
         given.output,
         recipe,
         Reader().read,
         rationales=rationales,
+        skipped=skipped,
         wordnet=given.wordnet,
         against=given.against,
         stop_after=given.stop_after,
     )
+    if skipped.reasons:
+        print(skipped.summary())
     print(folder)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guard_training.corpus.rows import Row
+from guard_training.corpus.rows import Row, Skipped
 from guard_training.nano.lexicon import balance
 from guard_training.nano.pipeline import Rows, load_rows
 from guard_training.nano.recipe import Recipe
@@ -49,9 +49,11 @@ class Baseline:
     response: Side | None
 
 
-def training_rows(files: Sequence[Path], recipe: Recipe, against: Sequence[Path]) -> Rows:
+def training_rows(
+    files: Sequence[Path], recipe: Recipe, against: Sequence[Path], skipped: Skipped | None = None
+) -> Rows:
     """nano's rows of these files: bank and passages added, held-out rows and what ``against`` holds taken out."""
-    return load_rows(Path(), replace(recipe, files=[str(path.resolve()) for path in files]), against)
+    return load_rows(Path(), replace(recipe, files=[str(path.resolve()) for path in files]), against, skipped)
 
 
 def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baseline:
@@ -59,16 +61,17 @@ def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baselin
 
     Raises ``BaselineError`` where a label is missing or scikit-learn is not installed.
     """
-    request = _fit([(row.prompt, row.source, row.request == "harmful") for row in rows.prompts])
+    request = fit([(row.prompt, row.source, row.request == "harmful") for row in rows.prompts])
     pairs = [(row.response or "", row.source, row.response_label == "harmful") for row in rows.pairs]
-    response = _fit(pairs) if len({harmful for _, _, harmful in pairs}) == 2 else None
+    response = fit(pairs) if len({harmful for _, _, harmful in pairs}) == 2 else None
     if threshold is None:
         benign = [row.prompt for row in rows.held_out if row.source.startswith("bank_") and row.request == "unharmful"]
         threshold = _threshold(request, benign, recipe.false_positives)
     return Baseline(replace(request, threshold=threshold), response)
 
 
-def _fit(cases: Sequence[tuple[str, str, bool]]) -> Side:
+def fit(cases: Sequence[tuple[str, str, bool]]) -> Side:
+    """One side's classifier from (text, source, harmful). Raises ``BaselineError``."""
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

@@ -9,9 +9,10 @@ set with fonts and texts that training never saw), ``judge/`` and ``checkpoints-
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,8 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_middleware.types import Label
-from guard_training.corpus.leakage import Leak, find_leaks
-from guard_training.corpus.rows import Row, held_out, passages, read_rows, unique_prompts
+from guard_training.corpus.leakage import find_leaks
+from guard_training.corpus.rows import Row, Skipped, held_out, passages, read_good_rows, read_rows, unique_prompts
 from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.cpu import keep_memory
@@ -63,6 +64,7 @@ from guard_training.nano.trainer import (
     training_arguments,
 )
 from guard_training.nano.wordnet import FOLDER, definitions
+from guard_training.rowfile import begin, digest
 from guard_training.tuning.run import last_checkpoint
 
 #: what ``kind_shares`` may name
@@ -96,11 +98,16 @@ class Rows:
         return balance([row.source for row in self.prompts], self.harmful, shares)
 
 
-def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = ()) -> Rows:
-    """Rows of the recipe's files and of the bank, passages added; without those that a file of ``against`` holds."""
-    labelled = [row for name in recipe.files for row in read_rows(data / name)]
+def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = (), skipped: Skipped | None = None) -> Rows:
+    """Rows of the recipe's files and of the bank, passages added; without those that a file of ``against`` holds.
+
+    Bad lines go to ``skipped``; without it the first one raises ``CorpusError``.
+    """
+    read = read_rows if skipped is None else partial(read_good_rows, skipped=skipped)
+    labelled = [row for name in recipe.files for row in read(data / name)]
     rows = unique_prompts([*labelled, *read_bank(default_bank())])
-    leaked = {leak.id for leak in _leaks([row for row in rows if not row.image], against)}
+    held = {path.name: [row for row in read(path) if not row.image] for path in against}
+    leaked = {leak.id for leak in find_leaks([row for row in rows if not row.image], held)} if held else set()
     rows = [row for row in rows if row.source not in recipe.exclude and row.id not in leaked]
 
     def left_out(row: Row) -> bool:
@@ -119,11 +126,6 @@ def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = ()) -> Rows:
         pictures=[row for row in kept if row.image],
         held_out=rest,
     )
-
-
-def _leaks(rows: Sequence[Row], against: Sequence[Path]) -> list[Leak]:
-    held = {path.name: [row for row in read_rows(path) if not row.image] for path in against}
-    return find_leaks(rows, held) if held else []
 
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:
@@ -282,19 +284,28 @@ def train_nano(
     read: Read,
     *,
     rationales: Mapping[str, str],
+    skipped: Skipped,
     wordnet: Path = FOLDER,
     against: Sequence[Path] = (),
     stop_after: int | None = None,
 ) -> Path:
-    """Makes the guard and returns its folder; continues a run that was stopped.
+    """Makes the guard and returns its folder; continues a run that was stopped. Bad lines go to ``skipped``.
 
-    ``stop_after`` ends after so many steps of the first stage (to look at a run early).
+    ``stop_after`` ends after so many steps of the first stage (to look at a run early). Raises ``OutputError`` where
+    the folder holds a run of another recipe or of other data.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    glosses = definitions(wordnet)
+    settings = {
+        "recipe": asdict(recipe),
+        "files": {str(path): digest(path) for path in [*(data / name for name in recipe.files), *against]},
+        "bank": {path.name: digest(path) for path in sorted(default_bank().glob("*.yaml"))},
+        "rationales": _sum(f"{id}\n{text}" for id, text in sorted(rationales.items())),
+        "definitions": _sum(glosses),
+    }
+    begin(output / "nano", settings)
     with Progress() as progress:
-        rows = load_rows(data, recipe, against)
+        rows = load_rows(data, recipe, against, skipped)
         lexicon = make_lexicon(rows, recipe)
-        glosses = definitions(wordnet)
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         embeddings = Kept(output / "embeddings", lambda: SentenceEncoder().embed)
         words = word_vectors(tokenizer, embeddings, progress)
@@ -340,6 +351,10 @@ def train_nano(
         recipe,
     )
     return export(trainer.model, tokenizer, output / "model", recipe)
+
+
+def _sum(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()
 
 
 def _calibrate(

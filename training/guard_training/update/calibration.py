@@ -49,8 +49,8 @@ def calibration(revision: str, **kinds: Sequence[Outcome]) -> dict[str, Any]:
     """The content of ``calibration.json`` for the weights ``revision``, from outcomes with the guard's own scores, by
     kind (``reason``, ``label``).
 
-    For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after; None
-    where there are too few rows of a class, or all scores are equal.
+    For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after (after: each
+    half of the rows by a temperature fitted to the other half); None where there are too few rows of a class, or all scores are equal.
     """
     shifts = _shifts(kinds["reason"], kinds["label"]) if {"reason", "label"} <= set(kinds) else {}
     found = {
@@ -100,7 +100,7 @@ def _side(harmful: Sequence[bool], scores: Sequence[float], shift: float) -> dic
         return None
     given = np.asarray(scores, dtype=np.float64)
     found = round(temperature(harmful, scaled(given, 1.0, shift).tolist()), 4)
-    after = scaled(given, found, shift).tolist()
+    after = _crossed(np.asarray(harmful, dtype=bool), given, shift).tolist()
     return {
         "temperature": found,
         "shift": shift,
@@ -109,6 +109,20 @@ def _side(harmful: Sequence[bool], scores: Sequence[float], shift: float) -> dic
         "calibration_error": [_error(harmful, scores), _error(harmful, after)],
         "brier": [curves.brier(harmful, scores), curves.brier(harmful, after)],
     }
+
+
+def _crossed(truth: Array, scores: Array, shift: float) -> Array:
+    """Each half of the rows with the temperature of the other half, so that no row is measured by its own fit."""
+    rng = np.random.default_rng(0)
+    half = np.empty(len(truth), dtype=int)
+    for label in (False, True):
+        half[truth == label] = rng.permutation(np.sum(truth == label)) % 2
+    out = np.empty_like(scores)
+    for mine in (0, 1):
+        others = half != mine
+        fitted = temperature(truth[others].tolist(), scaled(scores[others], 1.0, shift).tolist())
+        out[~others] = scaled(scores[~others], fitted, shift)
+    return out
 
 
 def _error(harmful: Sequence[bool], scores: Sequence[float]) -> float | None:

@@ -1,0 +1,72 @@
+"""What a run of nano takes up again, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from guard_training.corpus.rows import CorpusError, Skipped
+from guard_training.nano import pipeline
+from guard_training.nano.pipeline import load_rows, train_nano
+from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
+from guard_training.rowfile import OutputError
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    (bank / "benign_work.yaml").write_text("work: [please sort the list of cars]")
+    monkeypatch.setattr(pipeline, "default_bank", lambda: bank)
+    lines = [
+        {"id": str(n), "source": "locks", "prompt": f"how do I pick lock {n}", "prompt_label": "harmful"}
+        for n in range(5)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{cut off\n")
+    return tmp_path
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return dataclasses.replace(read_recipe(default_recipe()), files=["train.jsonl"], held_out=0.0, held_out_bank=0.0)
+
+
+def test_a_bad_line_is_named_and_the_others_are_used(data: Path, recipe: Recipe) -> None:
+    skipped = Skipped()
+    rows = load_rows(data, recipe, skipped=skipped)
+    assert len(rows.prompts) == 6
+    assert "train.jsonl:6" in skipped.summary()
+    with pytest.raises(CorpusError, match=r"train\.jsonl:6"):
+        load_rows(data, recipe)
+
+
+@pytest.mark.parametrize("change", ["recipe", "data", "bank"])
+def test_a_run_goes_on_with_the_same_recipe_data_and_bank_only(
+    data: Path, recipe: Recipe, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begun(*_: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(pipeline, "load_rows", begun)
+    monkeypatch.setattr(pipeline, "definitions", lambda folder: ["a lock: what closes a door"])
+
+    def run(recipe: Recipe) -> None:
+        train_nano(data, data / "out", recipe, lambda image: "", rationales={}, skipped=Skipped())
+
+    for _ in range(2):
+        with pytest.raises(Begun):
+            run(recipe)
+    if change == "recipe":
+        recipe = dataclasses.replace(recipe, batch=recipe.batch + 1)
+    elif change == "data":
+        (data / "train.jsonl").write_text("")
+    else:
+        (data / "bank" / "benign_work.yaml").write_text("work: [another]")
+    with pytest.raises(OutputError, match="other settings"):
+        run(recipe)
