@@ -86,7 +86,7 @@ class Engine(Model, Protocol):
 
 @runtime_checkable
 class BatchEngine(Model, Protocol):
-    """One batch at a time, blocking; called from one thread."""
+    """One batch at a time, blocking; called from one thread. It has nothing to end: its memory goes with it."""
 
     @property
     def max_batch(self) -> int:
@@ -98,5 +98,3 @@ class BatchEngine(Model, Protocol):
     ) -> list[Generation | GuardError]:
         """One outcome per prompt, in order. ``cancelled(row)`` is asked at every token; a cancelled row ends early."""
         ...
-
-    def close(self) -> None: ...

@@ -98,9 +98,6 @@ class TransformersEngine:
     def encoder(self) -> PromptEncoder:
         return self._encoder
 
-    def close(self) -> None:
-        del self._model
-
     def image_tokens(self, image: bytes) -> int:
         """Prompt tokens that an image costs, from its header alone; raises ``GuardError(media)``."""
         return picture_tokens(image, self._factor, self.facts)

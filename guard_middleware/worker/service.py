@@ -135,9 +135,7 @@ class GuardService:
 
     async def aclose(self) -> None:
         await self._runner.aclose()
-        if isinstance(self._engine, BatchEngine):
-            self._engine.close()
-        else:
+        if not isinstance(self._engine, BatchEngine):
             await self._engine.close()
         self._drawn.close()
         self._plan_pool.shutdown(wait=False, cancel_futures=True)

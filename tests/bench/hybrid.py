@@ -80,9 +80,6 @@ class Remembering:
             self._known.update(zip(due, made, strict=True))
         return [self._known[prompt] for prompt in prompts]
 
-    def close(self) -> None:
-        self._engine.close()
-
 
 def both_classes(rows: Sequence[Row]) -> list[Row]:
     """The rows of sources that label a side harmful and unharmful; a side with one class loses its label."""

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,8 @@ from guard_training.tuning.contract import load_contract
 
 
 @pytest.fixture(scope="module")
-def probe() -> Iterator[Probe]:
-    engine = Probe(resolve("nano"), device="cpu")
-    yield engine
-    engine.close()
+def probe() -> Probe:
+    return Probe(resolve("nano"), device="cpu")
 
 
 def _parse(*arguments: str) -> argparse.Namespace:
