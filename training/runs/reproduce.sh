@@ -35,6 +35,14 @@ wordnet=(${WORDNET:+--wordnet "$WORDNET"})
 sets=()
 for one in ${RL_SETS[@]+"${RL_SETS[@]}"}; do sets+=(--set "$one"); done
 
+# A folder belongs to one set of values: with others, what is done in it would be taken for theirs.
+values="$DATA|$DEV|$RECIPE|${LIMIT:-}|${RL_EVERY:-}|${RL_ROWS:-}|${RL_KEEP:-}|${RL_RECIPE:-}|${RL_SET:-}|${WORDNET:-}"
+if [[ -e $OUT/done/values && $(<"$OUT/done/values") != "$values" ]]; then
+  echo "$OUT was begun with other values ($(<"$OUT/done/values")); repeat them, or give another folder" >&2
+  exit 2
+fi
+echo "$values" >"$OUT/done/values"
+
 # step NAME COMMAND...: notes in OUT/done that the command has ended well, and then does not do it again.
 step() {
   local name=$1 start=$SECONDS done=$OUT/done/${1// /-}

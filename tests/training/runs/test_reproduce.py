@@ -91,6 +91,13 @@ def test_what_is_done_is_not_done_again_and_a_failure_stops(tmp_path: Path, data
     assert [one[0] for one in commands(tmp_path)] == STEPS[:5] + STEPS[4:]
 
 
+def test_a_folder_that_was_begun_with_other_values_is_refused(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    assert reproduce(tmp_path, data, stand_in).returncode == 0
+    other = reproduce(tmp_path, data, stand_in, LIMIT="5")
+    assert (other.returncode, len(commands(tmp_path))) == (2, len(STEPS))
+    assert "begun with other values" in other.stderr
+
+
 def test_a_revision_that_is_there_is_checked_and_not_made_again(tmp_path: Path, data: Path, stand_in: Path) -> None:
     (tmp_path / "out" / "revision").mkdir(parents=True)
     assert reproduce(tmp_path, data, stand_in).returncode == 0
