@@ -30,6 +30,7 @@ from starlette.routing import Route
 from guard_middleware.guard.parse import completion, parse
 from guard_training.commands import synthesize
 from guard_training.corpus.rows import read_rows
+from guard_training.rowfile import OutputError
 
 
 class ScriptedTeacher:
@@ -197,6 +198,13 @@ def test_a_row_that_never_gets_a_good_answer_is_given_up_and_only_asked_again_on
     call(rows, output, url, "--attempts", 4, "--again")
     assert sorted(line["id"] for line in lines(output)) == ["r0", "r1"]
     assert lines(tmp_path / "taught.invalid.jsonl") == []
+
+
+def test_longer_answers_are_not_mixed_with_shorter_ones(teacher: Teacher, tmp_path: Path) -> None:
+    rows, output = rows_file(tmp_path, asks(2)), tmp_path / "taught.jsonl"
+    call(rows, output, teacher[1])
+    with pytest.raises(OutputError, match="max_tokens"):
+        call(rows, output, teacher[1], "--max-tokens", 99)
 
 
 def test_retry_after_holds_back_every_request(teacher: Teacher, tmp_path: Path) -> None:

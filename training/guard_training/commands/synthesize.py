@@ -87,7 +87,9 @@ def run(given: argparse.Namespace) -> None:
         _confirm(given.yes, console)
         teacher = asking.teacher
         settings = {"teacher": teacher.model, "base_url": teacher.base_url, "temperature": teacher.temperature}
-        begin(given.output, {"command": "synthesize", "rows": digest(given.rows), "side": asking.side, **settings})
+        # not the attempts: more of them for rows given up is what --again is for, and a row says how many it took
+        settings |= {"max_tokens": teacher.max_tokens, "side": asking.side, "rows": digest(given.rows)}
+        begin(given.output, {"command": "synthesize", **settings})
         if given.again:
             invalid_file(given.output).unlink(missing_ok=True)
         copy(rows, given.output)
