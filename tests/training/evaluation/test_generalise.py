@@ -14,7 +14,9 @@ from guard_training.commands import generalise as command
 from guard_training.corpus.rows import Row
 from guard_training.evaluation import generalise
 from guard_training.evaluation.generalise import Fold, GeneraliseError, Said, figures, linear, read_groups, train_guard
+from guard_training.evaluation.tfidf import BaselineError
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
+from guard_training.rowfile import OutputError
 
 HARM = ("pick a lock", "steal a bicycle", "forge a ticket", "trick a neighbour", "break a window", "cheat in a test")
 GOOD = ("bake a loaf", "paint a fence", "plant a tree", "tune a guitar", "fold a shirt", "clean a window")
@@ -106,7 +108,7 @@ def test_the_baseline_judges_deeds_that_other_sources_taught_it(tmp_path: Path) 
 
 def test_the_baseline_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
-    with pytest.raises(GeneraliseError, match="pip install 'scikit-learn"):
+    with pytest.raises(BaselineError, match="pip install 'scikit-learn"):
         linear(_fold([Row("1", "a", "p", "harmful")], []))
 
 
@@ -145,15 +147,39 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
     assert json.loads((output / "report.json").read_text()) == report
 
 
-def test_a_training_that_fails_ends_with_its_log_and_another_recipe_is_refused(tmp_path: Path) -> None:
+def _nano(code: int) -> tuple[str, ...]:
+    """In the place of ``guard-train nano``: makes its output's folder, counts its calls there, ends with ``code``."""
+    return "/bin/sh", "-c", f'mkdir -p "$4" && echo "$@" >> "$4/calls"; exit {code}'
+
+
+def test_a_training_that_fails_is_told_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, recipe = _corpus(tmp_path / "data")
     fold = _fold([Row("1", "asks_harmful", "p", "harmful")], [])
-    with pytest.raises(GeneraliseError, match=r"training without asks_harmful failed(.|\n)*--no-such"):
-        train_guard(data, recipe, fold, tmp_path / "fold", ["--no-such"])
+    for code, error in ((3, GeneraliseError), (130, KeyboardInterrupt)):
+        monkeypatch.setattr(generalise, "LAUNCH", _nano(code))
+        with pytest.raises(error, match="training without asks_harmful stopped.*exit 3" if code == 3 else None):
+            train_guard(data, recipe, fold, tmp_path / "fold")
     stated = yaml.safe_load((tmp_path / "fold" / "recipe.yaml").read_text())
     assert stated["exclude"] == ["asks_harmful"]
-    with pytest.raises(GeneraliseError, match="begun with another recipe"):
-        train_guard(data, dataclasses.replace(recipe, seed=99), fold, tmp_path / "fold")
+    monkeypatch.setattr(generalise, "LAUNCH", _nano(0))
+    for _ in range(2):
+        assert train_guard(data, recipe, fold, tmp_path / "fold") == tmp_path / "fold" / "run" / "model"
+    assert len((tmp_path / "fold" / "run" / "calls").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("changed", ["data", "options", "seed"])
+def test_a_fold_is_not_used_for_another_recipe_other_data_or_other_options(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, recipe = _corpus(tmp_path / "data")
+    fold = _fold([Row("1", "asks_harmful", "p", "harmful")], [])
+    monkeypatch.setattr(generalise, "LAUNCH", _nano(0))
+    train_guard(data, recipe, fold, tmp_path / "fold", ["--stop-after", "5"])
+    if changed == "data":
+        (data / "rows.jsonl").write_text((data / "rows.jsonl").read_text() + "\n")
+    recipe = dataclasses.replace(recipe, seed=99) if changed == "seed" else recipe
+    with pytest.raises(OutputError, match=rf"other settings \({changed}\)"):
+        train_guard(data, recipe, fold, tmp_path / "fold", [] if changed == "options" else ["--stop-after", "5"])
 
 
 def test_a_guard_that_is_trained_is_asked_about_what_it_never_saw(
@@ -162,9 +188,8 @@ def test_a_guard_that_is_trained_is_asked_about_what_it_never_saw(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data, recipe = _corpus(tmp_path / "data")
     folder = tmp_path / "out" / "folds" / "asks_harmful+asks_unharmful"
-    (folder / "run").mkdir(parents=True)
-    (folder / "run" / "model").symlink_to(NANO)  # as if this fold's training had ended with nano's weights
-    (folder / "finished").touch()
+    # as if this fold's training had ended with nano's weights
+    monkeypatch.setattr(generalise, "LAUNCH", ("/bin/sh", "-c", f'mkdir -p "$4" && ln -s {NANO} "$4/model"'))
     given = _parse(
         *("--data", str(data), "--recipe", _write(recipe, tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")),
         *("--groups", folder.name, "--limit", "6", "--concurrency", "2"),

@@ -2,15 +2,15 @@
 
 Harmful and harmless rows seldom share a source, so a guard can learn how a source writes. Per fold one source, or a
 group of them, is left out of the recipe (``exclude``), a guard is trained without it, and it is asked about the rows
-left out. Beside it stands a linear baseline on the same training texts: TF-IDF of words and logistic regression,
-labels and sources weighed evenly; a guard that does not beat it has learnt words.
+left out. Beside it stands the baseline of ``guard-train baseline`` on the same training texts (see ``tfidf``); a guard
+that does not beat it has learnt words.
 
 Requests only. Recall and false positives are at the guard's own operating point (0.5 for the baseline). The area
 under the ROC curve needs both labels: where a group holds one only, it is taken against held-out rows of the other
 label from sources that *were* trained on, and says so; it is then easier than a source nobody saw.
 
 Refuses: a group with a source that the recipe's files do not hold, or whose absence leaves one label untrained; a fold
-begun with another recipe.
+begun with another recipe, other data or other options.
 """
 
 from __future__ import annotations
@@ -19,33 +19,32 @@ import dataclasses
 import hashlib
 import json
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from guard_training.cli import LAUNCH
 from guard_training.corpus.rows import Row, read_rows
 from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import measure, sample
 from guard_training.evaluation.perturb import subjects
 from guard_training.evaluation.robustness import mean_json, rate_json
-from guard_training.evaluation.stats import Array, Rate
+from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.tables import cell
+from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal
 from guard_training.nano.recipe import Recipe
-from guard_training.rowfile import digest
+from guard_training.rowfile import begin, digest
 
 #: Labelled requests that a source must have to be a fold of its own by default.
 LEAST = 50
-_LOG_TAIL = 2000
 
 
 class GeneraliseError(ValueError):
@@ -109,49 +108,39 @@ def make_fold(data: Path, recipe: Recipe, group: tuple[str, ...], *, limit: int 
 
 
 def linear(fold: Fold) -> list[Said]:
-    """The baseline's answers to the group's rows and then to the seen ones. Raises ``GeneraliseError``."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise GeneraliseError("the linear baseline needs scikit-learn: pip install 'scikit-learn>=1.5,<2'") from None
-    harmful = np.array([row.request == "harmful" for row in fold.train])
-    # A source counts as the root of its size, each label as half.
-    sizes = Counter((row.source, row.request) for row in fold.train)
-    weights = np.array([sizes[row.source, row.request] ** -0.5 for row in fold.train])
-    weights *= np.where(harmful, 0.5 / weights[harmful].sum(), 0.5 / weights[~harmful].sum()) * len(weights)
-    words = TfidfVectorizer(min_df=min(2, len(fold.train)), sublinear_tf=True)
-    seen = words.fit_transform([row.prompt for row in fold.train])
-    model = LogisticRegression(C=10.0, max_iter=1000).fit(seen, harmful, sample_weight=weights)
-    scores: Array = model.predict_proba(words.transform([row.prompt for row in (*fold.left_out, *fold.seen)]))[:, 1]
-    return [Said(float(score), bool(score >= 0.5)) for score in scores]
+    """The baseline's answers to the group's rows and then to the seen ones, at one half. Raises ``BaselineError``."""
+    side = fit([(row.prompt, row.source, row.request == "harmful") for row in fold.train])
+    scores = side.scores([row.prompt for row in (*fold.left_out, *fold.seen)])
+    return [Said(float(score), bool(score >= side.threshold)) for score in scores]
 
 
 def train_guard(data: Path, recipe: Recipe, fold: Fold, folder: Path, options: Sequence[str] = ()) -> Path:
-    """Trains nano without the group in a process of its own and returns its model's folder; goes on where it was.
+    """Trains nano without the group in a process of its own, whose bar and words go to this terminal; goes on where it
+    was. Returns the model's folder.
 
-    ``options`` are further ones of ``guard-train nano``. Raises ``GeneraliseError`` with the end of the log.
+    ``options`` are further ones of ``guard-train nano``. Raises ``GeneraliseError`` where it fails and ``OutputError``
+    for a fold that was begun with another recipe, other data or other options.
     """
-    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    text = yaml.safe_dump({**values, "exclude": [*recipe.exclude, *fold.group]}, sort_keys=False)
-    file, finished = folder / "recipe.yaml", folder / "finished"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise GeneraliseError(f"{folder} was begun with another recipe; give another --output, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    run, file = folder / "run", folder / "recipe.yaml"
+    without = dataclasses.asdict(dataclasses.replace(recipe, exclude=[*recipe.exclude, *fold.group]))
+    begin(run, {**without, "data": _digests(data, recipe), "options": list(options)})
+    finished = run / "finished"
     if not finished.exists():
-        code = "import sys; from guard_training.cli import main; sys.exit(main())"
-        arguments = ["nano", "--data", str(data), "--output", str(folder / "run"), "--recipe", str(file)]
-        arguments += options
-        with (folder / "log").open("ab") as log:
-            ended = subprocess.run(  # noqa: S603
-                [sys.executable, "-c", code, *arguments], stdout=log, stderr=subprocess.STDOUT, check=False
-            )
+        file.write_text(yaml.safe_dump(without, sort_keys=False), encoding="utf-8")
+        arguments = ["nano", "--data", str(data), "--output", str(run), "--recipe", str(file), *options]
+        ended = subprocess.run([*LAUNCH, *arguments], check=False)  # noqa: S603
+        if ended.returncode == 130:
+            raise KeyboardInterrupt
         if ended.returncode:
-            tail = (folder / "log").read_text(errors="replace")[-_LOG_TAIL:]
-            raise GeneraliseError(f"training without {fold.name} failed:\n{tail}")
+            raise GeneraliseError(
+                f"training without {fold.name} stopped (exit {ended.returncode}); see above, the same command goes on"
+            )
         finished.touch()
-    return folder / "run" / "model"
+    return run / "model"
+
+
+def _digests(data: Path, recipe: Recipe) -> list[str]:
+    return [digest(data / name) for name in recipe.files]
 
 
 def ask_guard(model: Path, fold: Fold, folder: Path, *, concurrency: int, console: Console) -> list[Said]:
@@ -230,7 +219,7 @@ def generalise(
     folds = read_groups(data, recipe, groups)
     if not folds:
         raise GeneraliseError(f"no source has {LEAST} labelled requests; name some with --groups")
-    settings = [dataclasses.asdict(recipe), [digest(data / name) for name in recipe.files], limit, seed, quick]
+    settings = [dataclasses.asdict(recipe), _digests(data, recipe), limit, seed, quick, list(options)]
     with Journal(output / "folds.jsonl") as journal:
         keys = [hashlib.sha256(json.dumps([settings, group]).encode()).hexdigest()[:32] for group in folds]
         for number, (group, key) in enumerate(zip(folds, keys, strict=True), 1):
@@ -244,7 +233,7 @@ def generalise(
                 progress.advance(task)
             if not quick:
                 folder = output / "folds" / fold.name
-                console.print(f"training without {fold.name}; its log is {folder / 'log'}", markup=False)
+                console.print(f"training without {fold.name}", markup=False)
                 model = train_guard(data, recipe, fold, folder, options)
                 said[recipe.name] = ask_guard(model, fold, folder, concurrency=concurrency, console=console)
             found = [
