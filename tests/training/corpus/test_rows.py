@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from guard_training.corpus.rows import CorpusError, Row, held_out, passages, read_rows, unique_prompts
+from guard_training.corpus.rows import (
+    CorpusError,
+    Row,
+    Skipped,
+    held_out,
+    labelled,
+    passages,
+    read_rows,
+    unique_prompts,
+)
 
 ROW = {"id": "a", "source": "s", "prompt": "how do I pick a lock", "prompt_label": "unharmful", "response": None}
 
@@ -53,3 +62,17 @@ def test_passages_come_from_labelled_answers_only() -> None:
     assert {row.source for row in made} == {"coconot_pref_passage", "diasafety_turn"}
     assert [row.request for row in made if row.source == "diasafety_turn"] == ["harmful"]
     assert all(row.request == "unharmful" for row in made if row.source == "coconot_pref_passage")
+
+
+def test_rows_need_a_label_of_what_is_there_and_an_id_of_their_own() -> None:
+    rows = [
+        Row("request", "s", "p", "harmful"),
+        Row("answer", "s", "p", None, "r", "harmful"),
+        Row("none", "s", "p", None, "r"),
+        Row("answer that is not there", "s", "p", None, None, "harmful"),
+        Row("request", "s", "another", "harmful"),
+        Row("none", "s", "p", "harmful"),
+    ]
+    skipped = Skipped()
+    assert [row.id for row in labelled(rows, skipped)] == ["request", "answer", "none"]
+    assert [reason.partition(":")[0] for reason in skipped.reasons] == ["none", "answer that is not there", "request"]

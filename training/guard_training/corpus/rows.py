@@ -130,6 +130,19 @@ def _row(line: str, number: int, path: Path) -> Row:
         raise CorpusError(f"{path.name}:{number}: not a labelled row ({error}); see the data README") from None
 
 
+def labelled(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
+    """The rows whose request or given answer has a label, the first of every id."""
+    kept: dict[str, Row] = {}
+    for row in rows:
+        if row.id in kept:
+            skipped(f"{row.id}: a second row with this id")
+        elif row.request is None and not (row.response and row.response_label):
+            skipped(f"{row.id}: no label of the request or of a given answer")
+        else:
+            kept[row.id] = row
+    return list(kept.values())
+
+
 def _label(value: Any) -> Label | None:
     if value not in ("harmful", "unharmful", None):
         raise ValueError(f"label {value!r}")

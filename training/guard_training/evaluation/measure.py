@@ -30,7 +30,7 @@ from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
 from guard_middleware.worker.weights import resolve
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows
 from guard_training.evaluation import tables
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_json
@@ -259,29 +259,16 @@ def _gone(answered: int, total: int, error: BaseException, journal: Path | None)
 
 def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
     """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
-    seen: set[str] = set()
     kept = []
-    for row in rows:
-        reason = _unusable(row, seen)
-        if reason:
-            skipped(f"{row.source} {row.id}: {reason}")
+    for row in labelled(rows, skipped):
+        try:
+            if row.image is not None:
+                conversation(row)
+        except CorpusError as error:
+            skipped(f"{row.id}: {error}")
         else:
-            seen.add(row.id)
             kept.append(row)
     return kept
-
-
-def _unusable(row: Row, seen: set[str]) -> str | None:
-    if row.id in seen:
-        return "a second row with this id"
-    if row.request is None and not (row.response and row.response_label):
-        return "labels neither the request nor an answer"
-    if row.image is not None:
-        try:
-            conversation(row)
-        except CorpusError as error:
-            return str(error)
-    return None
 
 
 def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, console: Console) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, read_good_rows, row_to_json
+from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
 from guard_training.rowfile import begin, bring_image, digest
 from guard_training.tuning.concatenation import Options, compose, count_for, plan, size_of
@@ -68,21 +68,16 @@ def augment(
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
-    """Rows with a label and, where they have one, an image that opens; each id once."""
-    seen, kept = set[str](), []
-    for row in rows:
+    """Labelled rows whose image, where they have one, opens."""
+    kept = []
+    for row in labelled(rows, skipped):
         try:
-            if row.id in seen:
-                raise CorpusError("a second row with this id")
-            if row.request is None and row.response_label is None:
-                raise CorpusError("no label at all")
             if row.image is not None:
                 size_of(row.image)
         except CorpusError as error:
             skipped(f"{row.id}: {error}")
         else:
             kept.append(row)
-        seen.add(row.id)
     return kept
 
 

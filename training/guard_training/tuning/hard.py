@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from guard_middleware.errors import GuardError
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, row_to_json
+from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
 from guard_training.rowfile import begin, bring_image, digest, write_whole
 from guard_training.tuning.contract import Contract, pictures
@@ -64,7 +64,7 @@ def reject(
     """
     wrong = read_range(selection.keep, sampling.k)
     skipped = Skipped()
-    rows = _usable(read_good_rows(source, skipped), skipped)
+    rows = labelled(read_good_rows(source, skipped), skipped)
     journal_path = output.with_name(f"{output.stem}.counts.jsonl")
     settings = {"command": "reject", "model": contract.facts.revision, "engine": engine, "seed": seed}
     size = max(1, sequences // sampling.k)
@@ -100,19 +100,6 @@ def reject(
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False, soft_wrap=True)
-
-
-def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
-    seen, kept = set[str](), []
-    for row in rows:
-        if row.id in seen:
-            skipped(f"{row.id}: a second row with this id")
-        elif row.request is None and not (row.response and row.response_label):
-            skipped(f"{row.id}: no label to be right about")
-        else:
-            kept.append(row)
-        seen.add(row.id)
-    return kept
 
 
 def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
