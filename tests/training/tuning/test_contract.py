@@ -167,7 +167,6 @@ def test_a_saved_contract_is_a_guards_folder(contract: Contract, tmp_path: Path,
     nano.save(tmp_path / "new")
     facts = json.loads((tmp_path / "new" / "guard.json").read_text())
     assert facts["form"] == nano.facts.form
-    assert "revision" not in facts
 
 
 def test_a_model_for_training_keeps_no_cache(contract: Contract) -> None:

@@ -76,7 +76,6 @@ class Contract:
         stated = self.folder / "guard.json"
         facts: dict[str, Any] = json.loads(stated.read_text("utf-8")) if stated.is_file() else {}
         facts |= {"min_pixels": self.images.size["shortest_edge"], "max_pixels": self.images.size["longest_edge"]}
-        facts.pop("revision", None)
         (folder / "guard.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
