@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TAIL_LINES = 30
 _LINE_BYTES = 64 * 1024
-#: how a worker's line begins that says that it can moderate
-_READY = "worker ready "
+#: what a worker says when it can moderate, perhaps behind what a library wrote without ending its line
+_READY = "worker ready model="
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class WorkerProcess:
                 task.cancel()
 
     def _hear(self, pid: int, line: str) -> None:
-        if line.startswith(_READY) and self._ready_at is None:
+        if _READY in line and self._ready_at is None:
             self._ready_at = asyncio.get_running_loop().time()
             self._ready.set()
             self._emit(WorkerEvent("ready", pid))

@@ -190,6 +190,15 @@ def test_a_worker_of_somebody_else_at_its_socket_is_not_taken_for_ours(tmp_path)
     run(main())
 
 
+def test_it_is_ready_though_a_library_left_a_line_open_before_it_said_so(tmp_path):
+    async def main():
+        code = "print('loading 100 %', end=' '); print('worker ready model=x', flush=True); input()"
+        async with worker_of(script(code), tmp_path / "w.sock") as (worker, _):
+            await worker.wait_ready(20)
+
+    run(main())
+
+
 def test_a_worker_is_not_started_again_while_something_speaks_against_it(tmp_path):
     async def main():
         against, asked = ["its files have changed"], []
