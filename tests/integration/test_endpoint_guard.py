@@ -85,7 +85,6 @@ def test_an_endpoint_that_fails_lets_nothing_pass(gateway, endpoint, answer):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--endpoint-model", "m"], "--guard-format NAME"),
         (["--endpoint-model", "m", "--guard-format", "gpt-oss-safeguard"], "--policy-text FILE"),
         (["--endpoint-model", "m", "--guard-format", "llama-guard-4"], "--endpoint-model is one of llama-guard-4"),
         (["--endpoint-model", "m", "--guard-format", "singguard", "--policy-text", "/nowhere"], "a file of UTF-8 text"),
