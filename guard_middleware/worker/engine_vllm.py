@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -43,7 +42,7 @@ from guard_middleware.guard.prompt import PromptEncoder
 from guard_middleware.worker.brief import Brief, Words
 from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.form import Filling, Form
-from guard_middleware.worker.pictures import decoded, picture_tokens
+from guard_middleware.worker.pictures import picture_tokens
 from guard_middleware.worker.tokens import read_tokenizer
 from guard_middleware.worker.vllm_options import MAX_IMAGES, check_stated, engine_arguments
 from guard_middleware.worker.weights import ModelFacts, Weights
@@ -63,6 +62,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from guard_middleware.worker.vllm_pictures import Pictures
 from guard_middleware.worker.vllm_stats import Stats, summed
 
 LEAST_VERSION = (0, 31)
@@ -113,6 +113,7 @@ class VllmEngine:
         vision = config["vision_config"]
         self._factor = vision["patch_size"] * vision["spatial_merge_size"]
         facts = weights.facts
+        self._decoding = Pictures(self._factor, facts)
         self._limit = min(
             facts.max_input_tokens + facts.max_new_tokens,
             config.get("text_config", config)["max_position_embeddings"],
@@ -172,6 +173,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
+        self._decoding.close()
         await asyncio.to_thread(self._llm.shutdown)
 
     async def generate(self, id: str, prompt: GuardPrompt, priority: int = 0) -> Generation:
@@ -331,7 +333,7 @@ class VllmEngine:
             raise GuardError(GuardErrorKind.TOO_LONG, f"a prompt of {length} tokens")
         if not counts:
             return _Pictures((), (), 0)
-        images, names = await asyncio.to_thread(_shown, prompt.images)
+        images, names = await self._decoding.shown(prompt.images)
         return _Pictures(images, names, sum(counts) - len(counts))
 
     def _stat_logger(self, config: Any, engine_index: int = 0) -> Stats:
@@ -350,10 +352,6 @@ class _Pictures:
 
 def _greedy(**options: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY, **options)
-
-
-def _shown(images: Sequence[bytes]) -> tuple[tuple[Image.Image, ...], tuple[str, ...]]:
-    return tuple(map(decoded, images)), tuple(hashlib.sha256(image).hexdigest() for image in images)
 
 
 def _check_version() -> None:
