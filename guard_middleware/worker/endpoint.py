@@ -23,18 +23,18 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from PIL import Image
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
-from guard_middleware.types import Blob, Conversation, Judging, Label, Message, Text, Usage, Verdict
+from guard_middleware.types import Blob, Conversation, Label, Message, Text, Usage, Verdict
 from guard_middleware.wire import ModerationRequest
 from guard_middleware.worker.completions import Server, score
-from guard_middleware.worker.guards.base import GuardFormat, Modality, Parsed, Question, Target
+from guard_middleware.worker.guards.base import GuardFormat, Modality, Question
+from guard_middleware.worker.judged import UNSURE, Found, Judged, after, merged, settled, unsure
 from guard_middleware.worker.reading import DrawnText
 from guard_middleware.worker.windows import texts
 
@@ -67,29 +67,6 @@ class EndpointOptions:
     def base(self) -> str:
         root = self.url.rstrip("/")
         return root if root.endswith("/v1") else f"{root}/v1"
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One target of one question: its label, the probability of *harmful* (None where the server gives no log
-    probabilities), and the rest of what was said with it."""
-
-    target: Target
-    label: Label
-    score: float | None
-    parsed: Parsed
-
-    def unsure(self, judging: Judging) -> bool:
-        """Whether it is to be thought about; a label alone says nothing of how sure it is."""
-        return self.score is None or judging.low <= self.score <= judging.high
-
-
-#: what one question found, and what it cost
-Found: TypeAlias = tuple[list[Judged], Usage] | GuardError
-
-#: The score of a label that the guard contradicts itself about, or whose probability cannot be read where the server
-#: gives some: on the label's side of 0.5 and no further, so that an ensemble asks the next guard.
-UNSURE: Mapping[Label, float] = {"harmful": 0.5, "unharmful": 0.49}
 
 
 class EndpointGuard:
@@ -132,13 +109,13 @@ class EndpointGuard:
         asked = await questions(mode == "reason")
         found = await self._ask(asked, deadline)
         if mode == "hybrid" and self._format.thinks:
-            due = [n for n, one in enumerate(found) if _unsure(one, request)]
+            due = [n for n, one in enumerate(found) if unsure(one, request)]
             if due:
                 longer = await questions(True)
                 thought = await self._ask([longer[n] for n in due], deadline)
                 for n, one in zip(due, thought, strict=True):
-                    found[n] = _after(found[n], one)
-        judged, usage = _settled(asked, found)
+                    found[n] = after(found[n], one)
+        judged, usage = settled(asked, found)
         timings = (("reader", read - started), ("generate", loop.time() - read))
         return replace(self._verdict(request, judged, usage), drawn_text=drawn, timings=timings)
 
@@ -163,7 +140,7 @@ class EndpointGuard:
         for self._logprobs in (True, False):
             try:
                 found = await self._ask(questions, asyncio.get_running_loop().time() + _WARM_UP_SECONDS)
-                judged, _ = _settled(questions, found)
+                judged, _ = settled(questions, found)
                 self._logprobs = any(one.score is not None for one in judged)
             except GuardError as error:
                 if error.kind in (GuardErrorKind.INTERNAL, GuardErrorKind.MEDIA):
@@ -243,10 +220,10 @@ class EndpointGuard:
     def _verdict(self, request: ModerationRequest, judged: Sequence[Judged], usage: Usage) -> Verdict:
         harmful = [one for one in judged if one.label == "harmful"]
         reasons = [one.parsed.reasoning for one in (*reversed(harmful), *reversed(judged)) if one.parsed.reasoning]
-        request_label, request_score = _merged(judged, "request") or _IGNORED
+        request_label, request_score = merged(judged, "request") or _IGNORED
         response_label, response_score = None, None
         if request.conversation.answer is not None:
-            response_label, response_score = _merged(judged, "response") or _IGNORED
+            response_label, response_score = merged(judged, "response") or _IGNORED
         return Verdict(
             request=request_label,
             response=response_label,
@@ -262,51 +239,8 @@ class EndpointGuard:
         )
 
 
-def _unsure(found: Found, request: ModerationRequest) -> bool:
-    """As in ``cascade``: of an answer its own score counts, for it is what is asked about."""
-    target: Target = "request" if request.conversation.answer is None else "response"
-    if isinstance(found, GuardError):
-        return False
-    return any(one.target == target and one.unsure(request.judging) for one in found[0])
-
-
-def _after(label: Found, thought: Found) -> Found:
-    """What was thought, at the price of the label too."""
-    if isinstance(label, GuardError) or isinstance(thought, GuardError):
-        return thought
-    return thought[0], _sum([label[1], thought[1]])
-
-
-def _settled(questions: Sequence[Question], found: Sequence[Found]) -> tuple[list[Judged], Usage]:
-    """What all questions found, or the first error.
-
-    A harmful answer stands whatever failed beside it, and so does a harmful request that is asked about alone;
-    where the request's own label is what failed, it shares the answer's.
-    """
-    errors = [one for one in found if isinstance(one, GuardError)]
-    answers = [one for one in found if not isinstance(one, GuardError)]
-    judged = [finding for findings, _ in answers for finding in findings]
-    if errors:
-        asked = "response" if any("response" in question.targets for question in questions) else "request"
-        harmful = [one for one in judged if one.target == asked and one.label == "harmful"]
-        if not harmful:
-            raise errors[0]
-        if _merged(judged, "request") is None:
-            judged.append(replace(harmful[0], target="request"))
-    return judged, _sum(usage for _, usage in answers)
-
-
 #: what stands for content that the operator has the guard ignore
 _IGNORED: tuple[Label, float] = ("unharmful", 0.0)
-
-
-def _merged(judged: Iterable[Judged], target: Target) -> tuple[Label, float] | None:
-    """*harmful* if any says so, with the highest score."""
-    found = [one for one in judged if one.target == target]
-    if not found:
-        return None
-    label: Label = "harmful" if any(one.label == "harmful" for one in found) else "unharmful"
-    return label, max(float(one.label == "harmful") if one.score is None else one.score for one in found)
 
 
 async def load(
@@ -320,15 +254,6 @@ async def load(
         await guard.aclose()
         raise
     return guard
-
-
-def _sum(usages: Iterable[Usage]) -> Usage:
-    counted = list(usages)
-    return Usage(
-        prompt=sum(one.prompt for one in counted),
-        completion=sum(one.completion for one in counted),
-        reasoning=sum(one.reasoning for one in counted),
-    )
 
 
 def _white() -> bytes:
