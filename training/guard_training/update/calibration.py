@@ -50,7 +50,8 @@ def calibration(revision: str, **kinds: Sequence[Outcome]) -> dict[str, Any]:
     kind (``reason``, ``label``).
 
     For each side ``{temperature, rows, harmful, calibration_error, brier}``, the last two before and after (after: each
-    half of the rows by a temperature fitted to the other half); None where there are too few rows of a class, or all scores are equal.
+    half of the rows by a temperature fitted to the other half); None where there are too few rows of a class, or all
+    scores are equal.
     """
     shifts = _shifts(kinds["reason"], kinds["label"]) if {"reason", "label"} <= set(kinds) else {}
     found = {
