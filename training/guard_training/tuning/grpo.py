@@ -25,6 +25,7 @@ from trl import GRPOConfig
 
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
+from guard_training.nano.cpu import hasten
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.rowfile import begin, digest
 from guard_training.tuning.alarms import Limits, StopWhenHacked, Watch, measure
@@ -303,6 +304,8 @@ def train(
     args = arguments(recipe, output, len(chosen.rows), cpu=cpu)
     args.disable_tqdm = True
     model = load_model(contract.folder)
+    if args.bf16 and args.device.type == "cpu":
+        hasten(model)
     trainer, stop = build(recipe, contract, chosen, args, model=model, raw=raw, callbacks=curves("grpo"))
     with Bar().over(trainer):
         trainer.train(resume_from_checkpoint=str(last) if last else None)
