@@ -176,6 +176,7 @@ class AuditLog:
             "policy": decision.policy,
             "policy_digest": decision.policy_digest,
             "error": decision.error,
+            "revision": call.revision,
             "seconds": call.seconds,
             "verdict": None if decision.verdict is None else self._verdict(decision.verdict),
             "opinions": [

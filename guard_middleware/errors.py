@@ -40,7 +40,7 @@ class GuardErrorKind(StrEnum):
 
 class GuardError(GuardMiddlewareError):
     """The guard gave no verdict. ``retry_after`` (seconds) is set where trying again may help; ``opinions`` are the
-    members' own where an ensemble was asked."""
+    members' own where an ensemble was asked; ``revision`` names the weights that were asked, where that is known."""
 
     def __init__(
         self,
@@ -49,11 +49,13 @@ class GuardError(GuardMiddlewareError):
         *,
         retry_after: float | None = None,
         opinions: tuple[Opinion, ...] = (),
+        revision: str | None = None,
     ) -> None:
         self.kind = GuardErrorKind(kind)
         self.message = message or self.kind.value
         self.retry_after = retry_after
         self.opinions = opinions
+        self.revision = revision
         super().__init__(f"{self.kind.value}: {self.message}")
 
 

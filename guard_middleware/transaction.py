@@ -219,7 +219,10 @@ class Transaction:
             raise RuntimeError(f"{result.call.id} was not asked")
         window = self._open.pop(result.call.id)
         decision = decide(self._effective, result.call.source, result.outcome, decision_id=result.call.id)
-        call = GuardCall(result.call.source, result.call.choice, decision, result.seconds, result.outcome.opinions)
+        outcome = result.outcome
+        call = GuardCall(
+            result.call.source, result.call.choice, decision, result.seconds, outcome.opinions, outcome.revision
+        )
         self._calls += (call,)
         if isinstance(result.outcome, GuardError) and result.outcome.retry_after:
             self._retry_after = max(self._retry_after or 0.0, result.outcome.retry_after)

@@ -229,7 +229,8 @@ class Decision:
 class GuardCall:
     """One question to the guard and what came of it. ``choice`` is the answer's index (None for input).
 
-    ``opinions`` are those of the guards of an ensemble that were asked.
+    ``opinions`` are those of the guards of an ensemble that were asked; ``revision`` is of the weights that were asked,
+    also where they gave no verdict (None: nobody knows them).
     """
 
     source: Source
@@ -237,6 +238,7 @@ class GuardCall:
     decision: Decision
     seconds: float
     opinions: tuple[Opinion, ...] = ()
+    revision: str | None = None
 
 
 StreamMode = Literal["hold", "window", "async"]

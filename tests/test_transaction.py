@@ -135,7 +135,8 @@ def test_a_soft_policy_blocks_with_an_ordinary_answer() -> None:
 @pytest.mark.parametrize("kind", ["timeout", "overloaded", "unavailable", "unparseable", "truncated", "internal"])
 def test_a_guard_error_on_input_is_503_and_stops_there(kind: str) -> None:
     tx = transaction()
-    command = only(judge(tx, tx.request(parsed()), GuardError(kind)))
+    command = only(judge(tx, tx.request(parsed()), GuardError(kind, revision="r1")))
+    assert tx.record().calls[0].revision == "r1"
     assert command.reply.status == 503
     assert json.loads(command.reply.body)["error"]["code"] == "guard_unavailable"
     assert not tx.upstream_called

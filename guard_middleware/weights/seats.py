@@ -47,6 +47,7 @@ class Seat:
         self._on_exit = on_exit
         self._client = GuardClient(socket)
         self._process = WorkerProcess(argv, socket, on_event=self._told, check=lambda: check(self.revision))
+        self._said: str | None = None
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -66,13 +67,18 @@ class Seat:
 
     async def identity(self) -> tuple[str, str] | None:
         """Model and revision, as the worker says them; None where it cannot moderate now."""
-        return await self._client.identity()
+        found = await self._client.identity()
+        self._said = found and found[1]
+        return found
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
         self._open += 1
         self._idle.clear()
         try:
-            return await self._client.moderate(request)
+            outcome = await self._client.moderate(request)
+            if isinstance(outcome, GuardError):
+                outcome.revision = self._said or self.revision.name
+            return outcome
         finally:
             self._open -= 1
             if not self._open:
@@ -93,6 +99,7 @@ class Seat:
             logger.info("worker %d (%s): %s", event.pid, self.revision.name, event.line)
         elif event.kind == "exited" and not self._ended:
             logger.error("worker %d (%s) exited with %s", event.pid, self.revision.name, event.returncode)
+            self._said = None
             self._on_exit(self, event.returncode)
         else:
             logger.info("worker %d (%s) %s", event.pid, self.revision.name, event.kind)
@@ -100,14 +107,13 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One live question that both answered, or at which the staged worker failed (``staged`` None)."""
+    """One live question that both answered, or at which the staged worker failed."""
 
     id: str
     source: Source
     result: Agreement
     active: Verdict
-    staged: Verdict | None
-    error: str | None = None
+    staged: Verdict | GuardError
 
     def told(self) -> dict[str, Any]:
         """Without content: ``id`` is that of the question, whose decision the log has under the same."""
@@ -116,12 +122,13 @@ class Compared:
             "source": self.source,
             "result": self.result,
             "active": _labels(self.active),
-            "staged": None if self.staged is None else _labels(self.staged),
-            "error": self.error,
+            "staged": _labels(self.staged),
         }
 
 
-def _labels(verdict: Verdict) -> dict[str, Any]:
+def _labels(verdict: Verdict | GuardError) -> dict[str, Any]:
+    if isinstance(verdict, GuardError):
+        return {"revision": verdict.revision, "error": verdict.kind.value}
     return {
         "revision": verdict.revision,
         "request": verdict.request,
@@ -186,11 +193,10 @@ class Switch:
 
     async def _compare(self, seat: Seat, request: ModerationRequest, active: Verdict) -> None:
         staged = await seat.moderate(request)
-        if isinstance(staged, GuardError):
-            found = Compared(request.id, request.source, "failed", active, None, staged.kind.value)
-        else:
+        result: Agreement = "failed"
+        if isinstance(staged, Verdict):
             result = _agreement(self.askings, request, active, staged)
-            found = Compared(request.id, request.source, result, active, staged)
+        found = Compared(request.id, request.source, result, active, staged)
         self.shadow = replace(self.shadow, **{found.result: getattr(self.shadow, found.result) + 1})
         self._on_compared(found)
 

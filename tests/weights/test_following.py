@@ -338,6 +338,7 @@ def test_a_slow_or_stopped_staged_worker_delays_no_answer(tmp_path: Path) -> Non
                 while not bench.compared:
                     await asyncio.sleep(0.02)
             assert {one.result for one in bench.compared} == {"failed"}
+            assert bench.compared[0].told()["staged"] == {"revision": "r-new", "error": "timeout"}
             os.kill(pid(bench, "staged"), signal.SIGCONT)
 
     run(main())
