@@ -89,7 +89,7 @@ step "rows for RL" candidates "$OUT/candidates.jsonl"
 
 step "rejection sampling" \
   "${TRAIN[@]}" reject --rows "$OUT/candidates.jsonl" --model "$OUT/nano/model" --output "$OUT/hard.jsonl" \
-  --keep "${RL_KEEP:-1..4}" --max-rows "${RL_ROWS:-2000}" --json "$OUT/hard.json"
+  --keep "${RL_KEEP:-1..4}" --temperature 0.7 --top-p 0.9 --max-rows "${RL_ROWS:-2000}" --json "$OUT/hard.json"
 
 step "concatenation" \
   "${TRAIN[@]}" augment --rows "$OUT/hard.jsonl" --output "$OUT/rl.jsonl"
