@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
-from guard_training.nano.cpu import ATTENTION, has_bfloat16, register_attention
+from guard_training.nano.cpu import ATTENTION, has_bfloat16, register_attention, trim
 from guard_training.nano.teacher import Kind, Stretch
 from guard_training.tuning.run import ResumingTrainer
 
@@ -291,6 +291,7 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.map is not None:
             torch.save(self.map.state_dict(), Path(output_dir or self.args.output_dir) / _MAP)
+        trim()
 
 
 class StopAfter(TrainerCallback):
