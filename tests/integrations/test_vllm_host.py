@@ -186,9 +186,12 @@ def test_what_vllm_says_is_screened_on_every_api(asked: Asked, api: str, stream:
 
 
 def test_every_answer_is_in_the_decision_log(asked: Asked, folder: Path) -> None:
+    log = folder / "decisions.jsonl"
+    before = log.stat().st_size if log.exists() else 0
     asked.ask("chat", LOCK, False)
-    records = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
-    assert (records[-1]["outcome"], records[-1]["upstream_called"], records[-1]["model"]) == ("blocked", False, "tiny")
+    line = eventually(lambda: log.read_bytes()[before:].partition(b"\n")[0])  # it is written behind the answer
+    record = json.loads(line)
+    assert (record["outcome"], record["upstream_called"], record["model"]) == ("blocked", False, "tiny")
 
 
 @pytest.mark.parametrize(
