@@ -23,10 +23,6 @@ def embed(texts: Sequence[str]) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor([ord(text[0]) % 384 for text in texts]), 384).float()
 
 
-def harm(texts: Sequence[str]) -> Tensor:
-    return torch.tensor([[4.0 if text.startswith("l") else -4.0] for text in texts])
-
-
 @pytest.fixture(autouse=True)
 def nothing_asked() -> None:
     asked.clear()
@@ -62,18 +58,20 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
     with Progress(disable=True) as progress:
         pool = make_pool(
             ["lock", "bread"] * 4,
+            [True, False] * 4,
+            [0.125] * 8,
             ["large lock"],
             ["axe"],
             lexicon,
+            penalty=1e-2,
             lexicon_share=0.5,
-            embeddings=embeddings(tmp_path / "embeddings"),
-            odds=Kept(tmp_path / "odds", lambda: harm, width=1),
+            embeddings=embeddings(tmp_path),
             progress=progress,
         )
     assert pool.texts[8:] == ["large lock", "axe"]
     assert pool.chances[0] > 0.5 > pool.chances[1]
     assert pool.chances[8] > 0.5  # begins as "lock" does
-    assert pool.chances[9] > 0.6  # for its word, against its first letter
+    assert pool.chances[9] > 0.9  # for its word
 
 
 def test_a_run_that_goes_on_keeps_its_stretches(tmp_path: Path) -> None:

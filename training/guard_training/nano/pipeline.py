@@ -3,7 +3,7 @@
 Everything is drawn from the recipe's seed, so that a run stopped at any point and started again with the same
 command goes on from its last checkpoint with the same cases. Layout of the output folder: ``model/`` (what a worker
 serves), ``images/`` and ``drawn.jsonl`` (what was drawn and what the reader found), ``held_out/`` (typographic test
-set with fonts and texts that training never saw), ``judge/`` and ``checkpoints-N/``.
+set with fonts and texts that training never saw), ``checkpoints-N/``.
 """
 
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
@@ -30,13 +30,11 @@ from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.cpu import keep_memory
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.nano.encoder import Kept, SentenceEncoder, fit_head
+from guard_training.nano.encoder import Kept, SentenceEncoder
 from guard_training.nano.export import export, shape, write_held_out
-from guard_training.nano.judge import Judge, train_judge
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
     Case,
-    cut,
     dialogue_case,
     distilled_case,
     draw,
@@ -46,7 +44,7 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_attention, start_embeddings
 from guard_training.nano.pictures import typographic
-from guard_training.nano.pool import LONGEST, Pool, make_pool, make_stretches, word_vectors
+from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
 from guard_training.nano.teacher import DECIDED, DECISIONS, LABELS, PHRASES, Kind, external, label, teach
@@ -157,18 +155,6 @@ def draw_prompts(by_label: Mapping[Label, Sequence[Row]], recipe: Recipe, count:
         *draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng),
         *draw(by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng),
     ]
-
-
-def make_judge(rows: Rows, embeddings: Kept, recipe: Recipe, folder: Path, progress: Progress) -> Judge:
-    """The teacher of harm; a run that goes on keeps the one in ``folder``."""
-    vectors = embeddings.of([row.prompt[:LONGEST] for row in rows.prompts], progress, "embedding prompts")
-    judge = Judge(*fit_head(vectors, rows.harmful, rows.weights(recipe.source_shares), penalty=recipe.head_penalty))
-    rng = random.Random(recipe.seed)
-    drawn = draw_prompts(rows.by_label(), recipe, recipe.judge_steps * recipe.judge_batch, rng)
-    items = [(cut(row.prompt, recipe.judge_words, rng), row.request == "harmful") for row in drawn]
-    batches = in_batches(items, recipe.judge_batch, recipe.seed, lambda item: len(item[0]))
-    keep_memory()
-    return train_judge(judge, batches, learning_rate=recipe.judge_learning_rate, folder=folder, progress=progress)
 
 
 def make_model(
@@ -309,16 +295,17 @@ def train_nano(
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         embeddings = Kept(output / "embeddings", lambda: SentenceEncoder().embed)
         words = word_vectors(tokenizer, embeddings, progress)
-        judge = make_judge(rows, embeddings, recipe, output / "judge", progress)
         texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
             [row.prompt for row in rows.prompts],
+            rows.harmful,
+            rows.weights(recipe.source_shares),
             make_stretches(texts, recipe.stretches, recipe.stretch_words, recipe.seed, output / "stretches.json"),
             glosses[: recipe.definitions],
             lexicon,
+            penalty=recipe.head_penalty,
             lexicon_share=recipe.lexicon_share,
             embeddings=embeddings,
-            odds=Kept(output / "judge" / "odds", lambda: judge.logits, width=1),
             progress=progress,
         )
         pictures = typographic(

@@ -1,4 +1,4 @@
-"""The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm.
+"""The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm that follow.
 
 Four groups: the labelled prompts, stretches of words out of any rows, WordNet's definitions, and the tokenizer's own
 words (each embedded as a text, for the start of nano's embeddings).
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from guard_training.nano.encoder import Kept
+from guard_training.nano.encoder import Kept, fit_head
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import snippet
 
@@ -59,20 +59,25 @@ def make_stretches(texts: Sequence[str], count: int, words: int, seed: int, file
 
 def make_pool(
     prompts: Sequence[str],
+    harmful: Sequence[bool],
+    weights: Sequence[float],
     stretches: Sequence[str],
     definitions: Sequence[str],
     lexicon: Lexicon,
     *,
+    penalty: float,
     lexicon_share: float,
     embeddings: Kept,
-    odds: Kept,
     progress: Progress,
 ) -> Pool:
-    """Embeds everything and judges it. The logit of harm is the judge's (``odds``) and the word count's, mixed by
-    ``lexicon_share``."""
+    """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts.
+
+    The logit of harm is the head's and the word count's, mixed by ``lexicon_share``.
+    """
     texts = [prompt[:LONGEST] for prompt in prompts] + list(stretches) + list(definitions)
     vectors = embeddings.of(texts, progress, "embedding texts")
-    by_meaning = odds.of(texts, progress, "judging texts")[:, 0].float()
+    head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
+    by_meaning = vectors.float() @ head + bias
     by_words = torch.tensor([lexicon.score(text) for text in texts])
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
     return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), len(stretches))

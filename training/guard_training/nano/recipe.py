@@ -34,10 +34,6 @@ class Recipe:
     stretch_words: int
     definitions: int
     head_penalty: float
-    judge_steps: int
-    judge_batch: int
-    judge_learning_rate: float
-    judge_words: int
     lexicon_share: float
     embedding_weight: float
     prompt_words: int
