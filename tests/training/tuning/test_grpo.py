@@ -330,7 +330,8 @@ def test_sizes_that_do_not_divide_and_too_few_rows_are_refused(recipe: GrpoSetti
 def test_the_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
     recipe = replace(read_settings(GrpoSettings, recipe_path(name)), rollouts="transformers", precision="fp32")
     args = arguments(recipe, tmp_path, 12000, cpu=True)
-    assert (args.beta, args.num_generations, args.temperature, args.loss_type) == (0.0, 16, 1.2, "grpo")
+    sampled = 0.7 if name == "grpo-nano" else 1.2  # nano's recipe says why
+    assert (args.beta, args.num_generations, args.temperature, args.loss_type) == (0.0, 16, sampled, "grpo")
     assert (args.weight_decay, args.epsilon, args.scale_rewards) == (0.01, 0.2, "group")
     assert args.steps_per_generation == 2 * args.gradient_accumulation_steps
     assert recipe.reward.beta == pytest.approx(1 / 6 if "eco" in name else 1, abs=1e-4)
