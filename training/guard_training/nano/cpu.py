@@ -38,8 +38,10 @@ def register_attention() -> None:
 
 
 def hasten(model: PreTrainedModel) -> None:
-    """For a model that trains on a CPU in bfloat16 autocast. (Memory is not kept: GRPO's tensors have so many sizes that
-    it grew to 18 GiB.)"""
+    """For a model that trains on a CPU in bfloat16 autocast.
+
+    Memory is not kept: the tensors of GRPO have so many sizes that it grew to 18 GiB.
+    """
     if has_bfloat16():
         register_attention()
         model.set_attn_implementation(ATTENTION)
