@@ -10,39 +10,42 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from guard_training.nano.encoder import Kept, fit_head
+from guard_training.nano import encoder
+from guard_training.nano.encoder import Embeddings, SentenceEncoder, fit_head
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.pool import make_pool, make_stretches
 
 asked: list[str] = []
 
 
-def embed(texts: Sequence[str]) -> Tensor:
+class Recorded(SentenceEncoder):
     """Vectors of length one that depend on the text's first letter alone, and a note of what was asked."""
-    asked.extend(texts)
-    return torch.nn.functional.one_hot(torch.tensor([ord(text[0]) % 384 for text in texts]), 384).float()
+
+    def __init__(self) -> None:
+        pass
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        asked.extend(texts)
+        return torch.nn.functional.one_hot(torch.tensor([ord(text[0]) % 384 for text in texts]), 384).float()
 
 
 @pytest.fixture(autouse=True)
-def nothing_asked() -> None:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked.clear()
+    monkeypatch.setattr(encoder, "SentenceEncoder", Recorded)
 
 
-def embeddings(folder: Path) -> Kept:
-    return Kept(folder, lambda: embed)
-
-
-def of(kept: Kept, texts: Sequence[str]) -> Tensor:
+def of(kept: Embeddings, texts: Sequence[str]) -> Tensor:
     with Progress(disable=True) as progress:
         return kept.of(texts, progress, "embedding")
 
 
 def test_a_text_is_embedded_once_and_kept_over_a_kill(tmp_path: Path) -> None:
-    first = of(embeddings(tmp_path), ["bread", "lock", "bread"])
+    first = of(Embeddings(tmp_path), ["bread", "lock", "bread"])
     assert sorted(asked) == ["bread", "lock"]
     with (tmp_path / "vectors").open("ab") as file:
         file.write(b"half a vector")
-    again = of(embeddings(tmp_path), ["lock", "salt", "bread"])
+    again = of(Embeddings(tmp_path), ["lock", "salt", "bread"])
     assert sorted(asked) == ["bread", "lock", "salt"]
     assert torch.equal(first[[1, 0]], again[[0, 2]])
 
@@ -64,8 +67,9 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
             ["axe"],
             lexicon,
             penalty=1e-2,
+            sharpness=1.0,
             lexicon_share=0.5,
-            embeddings=embeddings(tmp_path),
+            kept=Embeddings(tmp_path),
             progress=progress,
         )
     assert pool.texts[8:] == ["large lock", "axe"]

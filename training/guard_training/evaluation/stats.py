@@ -7,6 +7,7 @@ multinomial draw of these counts: the same distribution at no cost.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,11 +78,8 @@ def cell(is_: bool, called: bool | None) -> int:
 
 def confusion(pairs: Sequence[tuple[bool, bool | None]]) -> Confusion:
     """Counts of (is harmful, was called harmful) pairs; a call of None is an error, and wrong either way."""
-    tp = sum(is_ and called is True for is_, called in pairs)
-    fn = sum(is_ and called is not True for is_, called in pairs)
-    tn = sum(not is_ and called is False for is_, called in pairs)
-    fp = sum(not is_ and called is not False for is_, called in pairs)
-    return Confusion(tp, fp, tn, fn)
+    counts = Counter(cell(is_, called) for is_, called in pairs)
+    return Confusion(*(counts[number] for number in range(4)))
 
 
 def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS, seed: int = 0) -> Interval | None:

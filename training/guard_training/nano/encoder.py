@@ -9,7 +9,7 @@ the soft labels. None of its weights are copied.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """At most a batch or two; ``Kept`` is for many."""
+        """At most a batch or two; ``embeddings`` is for many."""
         given = self._tokenizer(list(texts), padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             hidden = self._model(**given).last_hidden_state.float()
@@ -52,18 +52,14 @@ class SentenceEncoder:
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
 
-Embed = Callable[[Sequence[str]], Tensor]
-
-
-class Kept:
-    """Vectors by text, in two files of ``folder`` (digests, and half-precision vectors), so that a killed run does not
-    make any of them again. ``load`` gives what makes those that are missing."""
+class Embeddings:
+    """Embeddings by text, kept in two files of ``folder`` (digests and half-precision vectors), so that a killed run
+    does not make any of them again."""
 
     _KEY, _WIDTH = 16, 384
 
-    def __init__(self, folder: Path, load: Callable[[], Embed]) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._load = load
         self._keys, self._vectors = folder / "digests", folder / "vectors"
         keys, vectors = (path.read_bytes() if path.exists() else b"" for path in (self._keys, self._vectors))
         count = min(len(keys) // self._KEY, len(vectors) // (2 * self._WIDTH))
@@ -84,16 +80,16 @@ class Kept:
         self._table.append(vectors.astype(np.float16))
 
     def of(self, texts: Sequence[str], progress: Progress, what: str) -> Tensor:
-        """The vectors (texts, 384), half precision."""
+        """The embeddings (texts, 384), half precision."""
         digests = [self._digest(text) for text in texts]
         missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in self._known}
         new = sorted(missing.values(), key=len)
         task = progress.add_task(what, total=len(new))
-        embed = self._load() if new else None
+        encoder = SentenceEncoder() if new else None
         for start in range(0, len(new), _BATCH):
             batch = new[start : start + _BATCH]
-            assert embed is not None
-            self.add(batch, embed(batch).numpy())
+            assert encoder is not None
+            self.add(batch, encoder.embed(batch).numpy())
             progress.advance(task, len(batch))
         self._table = [np.concatenate(self._table)]
         return torch.from_numpy(self._table[0][[self._known[digest] for digest in digests]])

@@ -14,7 +14,6 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -30,7 +29,7 @@ from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.cpu import keep_memory
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.nano.encoder import Kept, SentenceEncoder
+from guard_training.nano.encoder import Embeddings
 from guard_training.nano.export import export, shape, write_held_out
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
@@ -82,14 +81,6 @@ class Rows:
     def harmful(self) -> list[bool]:
         """Of each prompt."""
         return [row.request == "harmful" for row in self.prompts]
-
-    def by_label(self) -> dict[Label, list[Row]]:
-        """The prompts."""
-        found: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
-        for row in self.prompts:
-            if row.request:
-                found[row.request].append(row)
-        return found
 
     def weights(self, shares: Mapping[str, float]) -> list[float]:
         """Of each prompt in the fits to the labels, see ``lexicon.balance``."""
@@ -148,15 +139,6 @@ def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe, folde
     return made
 
 
-def draw_prompts(by_label: Mapping[Label, Sequence[Row]], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
-    """``count`` prompts, ``harmful_share`` of them harmful (they come first), balanced over their sources."""
-    harmful = int(count * recipe.harmful_share)
-    return [
-        *draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng),
-        *draw(by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng),
-    ]
-
-
 def make_model(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, words: Tensor, recipe: Recipe
 ) -> Qwen2_5_VLForConditionalGeneration:
@@ -180,10 +162,18 @@ def make_model(
 def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, pool: Pool, recipe: Recipe) -> list[Case]:
     """The stream of cases, in order of drawing."""
     rng = random.Random(recipe.seed)
-    by_label = rows.by_label()
+    by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
+    for row in rows.prompts:
+        if row.request:
+            by_label[row.request].append(row)
     others: Mapping[Label, Sequence[str]] = {label: [row.prompt for row in kept] for label, kept in by_label.items()}
     wanted = {kind: int(recipe.cases * recipe.kind_shares.get(kind, 0.0)) for kind in KINDS}
-    prompts = partial(draw_prompts, by_label, recipe, rng=rng)
+
+    def prompts(count: int) -> list[Row]:
+        harmful = int(count * recipe.harmful_share)
+        return draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng) + draw(
+            by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng
+        )
 
     words = recipe.prompt_words
     cases = [text_case(row, others, words, rng) for row in prompts(wanted["text"])]
@@ -293,8 +283,8 @@ def train_nano(
         rows = load_rows(data, recipe, against, skipped)
         lexicon = make_lexicon(rows, recipe)
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
-        embeddings = Kept(output / "embeddings", lambda: SentenceEncoder().embed)
-        words = word_vectors(tokenizer, embeddings, progress)
+        kept = Embeddings(output / "embeddings")
+        words = word_vectors(tokenizer, kept, progress)
         texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
             [row.prompt for row in rows.prompts],
@@ -304,8 +294,9 @@ def train_nano(
             glosses[: recipe.definitions],
             lexicon,
             penalty=recipe.head_penalty,
+            sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
-            embeddings=embeddings,
+            kept=kept,
             progress=progress,
         )
         pictures = typographic(
@@ -322,7 +313,7 @@ def train_nano(
         for stage in stages(recipe):
             cases = make_cases(rows, pictures, drawn, pool, stage)
             encoded = encode_cases(cases, drawn, lexicon, tokenizer, stage, rationales, progress)
-            staged.append(to_dataset(list(chain.from_iterable(in_batches(encoded, stage.batch, stage.seed, len)))))
+            staged.append(to_dataset(in_batches(encoded, stage.batch, stage.seed)))
     model = make_model(rows, tokenizer, words, recipe)
     keep_memory()
     for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from guard_training.nano.encoder import Kept, fit_head
+from guard_training.nano.encoder import Embeddings, fit_head
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import snippet
 
@@ -66,27 +66,28 @@ def make_pool(
     lexicon: Lexicon,
     *,
     penalty: float,
+    sharpness: float,
     lexicon_share: float,
-    embeddings: Kept,
+    kept: Embeddings,
     progress: Progress,
 ) -> Pool:
     """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts.
 
-    The logit of harm is the head's and the word count's, mixed by ``lexicon_share``.
+    The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
     """
     texts = [prompt[:LONGEST] for prompt in prompts] + list(stretches) + list(definitions)
-    vectors = embeddings.of(texts, progress, "embedding texts")
+    vectors = kept.of(texts, progress, "embedding texts")
     head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
-    by_meaning = vectors.float() @ head + bias
+    by_meaning = (vectors.float() @ head + bias) * sharpness
     by_words = torch.tensor([lexicon.score(text) for text in texts])
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
     return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), len(stretches))
 
 
-def word_vectors(tokenizer: PreTrainedTokenizerFast, embeddings: Kept, progress: Progress) -> Tensor:
+def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:
     """The encoder's embedding of every token's text (ids, 384), zero where a token is no text."""
     words = [str(tokenizer.decode([id])).strip() for id in range(len(tokenizer))]
     special = set(tokenizer.all_special_ids)
-    vectors = embeddings.of([word or "." for word in words], progress, "embedding words").float()
+    vectors = kept.of([word or "." for word in words], progress, "embedding words").float()
     known = torch.tensor([bool(word) and id not in special for id, word in enumerate(words)])
     return vectors * known[:, None]

@@ -34,6 +34,7 @@ class Recipe:
     stretch_words: int
     definitions: int
     head_penalty: float
+    head_sharpness: float
     lexicon_share: float
     embedding_weight: float
     prompt_words: int

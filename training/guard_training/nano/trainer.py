@@ -14,10 +14,10 @@ away after training). Rows come in an order fixed beforehand, in batches of like
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value
@@ -32,7 +32,6 @@ from guard_training.nano.teacher import Kind, Stretch
 from guard_training.tuning.run import ResumingTrainer
 
 IGNORED = -100
-T = TypeVar("T")
 _COLUMNS = Features(
     {
         "input_ids": List(Value("int32")),
@@ -62,9 +61,6 @@ class Example:
     chance: float | None = None
     meaning: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
-
 
 def encode_example(
     transcript: Transcript,
@@ -91,19 +87,19 @@ def encode_example(
     return Example(encoder.encode(transcript).ids, ids, values, str(picture) if picture else None, chance, meaning)
 
 
-def in_batches(examples: Sequence[T], size: int, seed: int, length: Callable[[T], int]) -> list[list[T]]:
-    """Batches of like ``length``, in random order; the last, short batch is left out."""
+def in_batches(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
+    """The examples in batches of like length, batches in random order; the last, short batch is left out."""
     rng = random.Random(seed)
     order = list(range(len(examples)))
     rng.shuffle(order)
     pool = size * 50
     batches: list[list[int]] = []
     for start in range(0, len(order), pool):
-        near = sorted(order[start : start + pool], key=lambda i: length(examples[i]))
+        near = sorted(order[start : start + pool], key=lambda i: len(examples[i].prompt) + len(examples[i].completion))
         batches += [near[at : at + size] for at in range(0, len(near), size)]
     batches = [batch for batch in batches if len(batch) == size]
     rng.shuffle(batches)
-    return [[examples[i] for i in batch] for batch in batches]
+    return [examples[i] for batch in batches for i in batch]
 
 
 def to_dataset(examples: Sequence[Example]) -> Dataset:
