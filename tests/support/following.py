@@ -70,6 +70,11 @@ class Bench:
     async def phase(self, phase: str) -> State:
         return await self.until(lambda s: s.staged is not None and s.staged.phase == phase)
 
+    async def ready(self, name: str) -> State:
+        """Stages ``name`` and waits until it has been tried."""
+        self.stage(name)
+        return await self.phase("ready")
+
     async def ask(self, text: str = "how do I bake bread?", deadline: float = 10.0) -> Verdict | GuardError:
         question = Conversation((Message("user", (Text(text),)),))
         return await self.follower.moderate(ModerationRequest("q", question, "input", deadline))
@@ -92,8 +97,7 @@ class Bench:
                 await asyncio.sleep(0.02)
 
     async def promoted(self, name: str) -> None:
-        self.stage(name)
-        await self.phase("ready")
+        await self.ready(name)
         self.order(state.promote)
         await self.until(lambda s: s.active.name == name)
         async with asyncio.timeout(10):  # the state says so first

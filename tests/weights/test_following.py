@@ -26,8 +26,7 @@ def test_stage_promote_and_roll_back(tmp_path: Path) -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
             assert await bench.revision() == "r-old"
-            bench.stage("new")
-            found = await bench.phase("ready")
+            found = await bench.ready("new")
             assert found.staged is not None
             assert found.staged.golden == state.Golden(2)
             assert await bench.revision() == "r-old"
@@ -53,8 +52,7 @@ def test_a_question_stays_with_its_worker_which_ends_when_it_has_none(tmp_path: 
     async def main() -> None:
         async with running(tmp_path, keep=0.0) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             old = pid(bench, "active")
             slow = asyncio.create_task(bench.ask("[wait 3] how do I bake bread?"))
             await asyncio.sleep(0.1)
@@ -95,8 +93,7 @@ def test_a_broken_golden_set_says_which_case_and_keeps_the_old_weights_unless_fo
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new", phrase="bread")
-            bench.stage("new")
-            found = await bench.phase("ready")
+            found = await bench.ready("new")
             assert found.staged is not None
             assert found.staged.golden == state.Golden(2, ("bread", "lock"))
             with pytest.raises(Refused, match="golden set"):
@@ -112,8 +109,7 @@ def test_files_that_change_after_staging_are_not_promoted(tmp_path: Path) -> Non
     async def main() -> None:
         async with running(tmp_path) as bench:
             folder = revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             (folder / "scripted.json").write_text('{"revision": "r-new", "phrase": "other"}')
             bench.order(state.promote)
             found = await bench.until(lambda s: s.order is None)
@@ -163,8 +159,7 @@ def test_what_was_staged_by_then_is_not_disturbed_by_what_was_staged_before(tmp_
             revision(bench.folder, "new")
             bench.stage("slow")
             await bench.phase("loading")
-            bench.stage("new")
-            found = await bench.phase("ready")
+            found = await bench.ready("new")
             assert found.staged is not None
             assert found.staged.revision.revision == "r-new"
             bench.order(state.unstage)
@@ -201,8 +196,7 @@ def test_a_staged_worker_killed_after_its_trial_is_not_promoted(tmp_path: Path) 
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             os.kill(pid(bench, "staged"), signal.SIGKILL)
             bench.order(state.promote)
             found = await bench.until(lambda s: s.order is None)
@@ -258,8 +252,7 @@ def test_what_was_staged_is_staged_again_at_the_next_start_and_an_order_is_dropp
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
         bench.order(state.promote)  # nobody follows
         async with running(tmp_path) as bench:
             assert bench.told()[0] == "interrupted"
@@ -304,8 +297,7 @@ def test_the_shadow_asks_staged_weights_what_live_questions_ask_and_counts_where
     async def main() -> None:
         async with running(tmp_path, share=1.0) as bench:
             revision(bench.folder, "new", phrase="bread")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             for text in ("how do I bake bread?", "how do I pick a lock?", "what is the time?"):
                 await bench.ask(text)
                 async with asyncio.timeout(10):
@@ -326,8 +318,7 @@ def test_a_slow_or_stopped_staged_worker_delays_no_answer(tmp_path: Path) -> Non
     async def main() -> None:
         async with running(tmp_path, share=1.0) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             os.kill(pid(bench, "staged"), signal.SIGSTOP)
             loop = asyncio.get_running_loop()
             began = loop.time()
@@ -355,8 +346,7 @@ def test_a_full_disk_keeps_the_old_weights_and_the_order_until_it_can_be_written
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             bench.order(state.promote)
             with full_disk(monkeypatch):
                 await asyncio.sleep(1.5)

@@ -30,6 +30,13 @@ async def ended(process: int) -> None:
 # -- files that change
 
 
+async def blue_then_green(bench: Bench) -> None:
+    """Two folders in turn: green serves, and blue is warm."""
+    for name in ("blue", "green"):
+        revision(bench.folder, name)
+        await bench.promoted(name)
+
+
 @pytest.mark.parametrize("checked", [True, False])
 def test_weights_without_checksums_are_loaded_to_be_tried_though_their_folder_is_warm(
     tmp_path: Path, checked: bool
@@ -51,9 +58,7 @@ def test_weights_without_checksums_are_loaded_to_be_tried_though_their_folder_is
 def test_a_folder_that_was_made_again_is_not_staged_while_the_way_back_needs_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as bench:
-            for name in ("blue", "green"):
-                revision(bench.folder, name)
-                await bench.promoted(name)
+            await blue_then_green(bench)
             bench.made_again("blue", revision="r-other")
             with pytest.raises(Refused, match="a folder of their own"):
                 bench.stage("blue")
@@ -106,8 +111,7 @@ def test_weights_that_were_forced_though_they_do_not_match_are_restarted_as_they
     async def main() -> None:
         async with running(tmp_path, keep=0.0) as bench:
             folder = revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             (folder / "note").write_text("")
             bench.order(state.promote, force=True)
             await bench.until(lambda s: s.active.name == "new" and s.active.sums is None)
@@ -202,8 +206,7 @@ def test_a_staged_worker_that_ends_while_the_disk_is_full_has_failed_all_the_sam
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             with full_disk(monkeypatch):
                 os.kill(pid(bench, "staged"), signal.SIGKILL)
                 await asyncio.sleep(1.5)
@@ -218,8 +221,7 @@ def test_checksums_that_are_no_text_refuse_the_order(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as bench:
             folder = revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             (folder / "SHA256SUMS").write_bytes(b"\xff\n")
             bench.order(state.promote)
             found = await bench.until(lambda s: s.order is None)
@@ -235,8 +237,7 @@ def test_an_order_that_meets_a_defect_of_ours_is_dropped(tmp_path: Path, monkeyp
     async def main() -> None:
         async with running(tmp_path) as bench:
             revision(bench.folder, "new")
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             with monkeypatch.context() as patch:
                 patch.setattr(follower_module, "_mismatch", broken)
                 bench.order(state.promote)
@@ -254,12 +255,9 @@ def test_an_order_that_meets_a_defect_of_ours_is_dropped(tmp_path: Path, monkeyp
 def test_a_warm_worker_that_is_tried_again_still_stands_in(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as bench:
-            for name in ("blue", "green"):
-                revision(bench.folder, name)
-                await bench.promoted(name)
+            await blue_then_green(bench)
             blue = pid(bench, "warm")
-            bench.stage("blue")
-            found = await bench.phase("ready")
+            found = await bench.ready("blue")
             assert found.staged is not None
             assert found.staged.golden == state.Golden(2)
             assert (pid(bench, "staged"), pid(bench, "warm")) == (blue, blue)
@@ -279,12 +277,9 @@ def test_a_warm_worker_that_is_tried_again_still_stands_in(tmp_path: Path) -> No
 def test_a_warm_worker_that_is_tried_again_stays_until_the_trial_is_over(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as bench:
-            for name in ("blue", "green"):
-                revision(bench.folder, name)
-                await bench.promoted(name)
+            await blue_then_green(bench)
             blue = pid(bench, "warm")
-            bench.stage("blue")
-            await bench.phase("ready")
+            await bench.ready("blue")
             bench.follower._warm_until = 0.0
             await asyncio.sleep(1.2)
             assert alive(blue)
@@ -298,11 +293,8 @@ def test_a_warm_worker_that_is_tried_again_stays_until_the_trial_is_over(tmp_pat
 def test_a_warm_worker_that_dies_while_it_is_tried_again_is_a_failed_staging(tmp_path: Path) -> None:
     async def main() -> None:
         async with running(tmp_path) as bench:
-            for name in ("blue", "green"):
-                revision(bench.folder, name)
-                await bench.promoted(name)
-            bench.stage("blue")
-            await bench.phase("ready")
+            await blue_then_green(bench)
+            await bench.ready("blue")
             os.kill(pid(bench, "warm"), signal.SIGKILL)
             await bench.phase("failed")
             await bench.has_none_warm()
@@ -316,8 +308,7 @@ def test_a_worker_that_is_being_retired_ends_though_what_waited_for_it_is_unstag
         async with running(tmp_path) as bench:
             for name in ("new", "next"):
                 revision(bench.folder, name)
-            bench.stage("new")
-            await bench.phase("ready")
+            await bench.ready("new")
             old = pid(bench, "active")
             slow = asyncio.create_task(bench.ask("[wait 3] how do I bake bread?", 20.0))
             await asyncio.sleep(0.1)
