@@ -172,7 +172,6 @@ class Runtime:
         askings = list(dict.fromkeys(askings))
         trials = Trials(
             cases=golden.load(Path(section.golden) if section.golden else golden.BUNDLED, askings),
-            judgings=(),
             share=section.shadow,
             keep=section.keep,
         )

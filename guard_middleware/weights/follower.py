@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind, GuardMiddlewareError
-from guard_middleware.types import Judging, Verdict
+from guard_middleware.types import Verdict
 from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.golden import Case
@@ -44,11 +44,10 @@ _PAUSE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """How staged weights are tried: golden cases in each of ``judgings``, a ``share`` of live questions; and for how
-    many seconds the weights before a promotion stay loaded."""
+    """How staged weights are tried: golden cases, a ``share`` of live questions; and for how many seconds the weights
+    before a promotion stay loaded."""
 
     cases: Sequence[Case]
-    judgings: Sequence[Judging]
     share: float
     keep: float
 
@@ -251,7 +250,7 @@ class Follower:
                 )
             tried: Golden | None = None
             if not again:
-                tried = await golden.run(seat, self._trials.cases, self._trials.judgings)
+                tried = await golden.run(seat, self._trials.cases)
                 self.switch.try_out(seat)
             await self._update(partial(state.ready, id=staged.id, revision=identity[1], golden=tried, at=now()))
         except Exception as error:

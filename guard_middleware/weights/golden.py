@@ -94,8 +94,8 @@ def load(path: Path, askings: Sequence[Asking] = ()) -> list[Case]:
     return sorted(found, key=lambda case: not case.benign)
 
 
-async def run(guard: Guard, found: Sequence[Case], judgings: Sequence[Judging]) -> Golden:
-    """Asks every case in every way in which policies ask; where none does, in each of ``judgings``, or with reasoning.
+async def run(guard: Guard, found: Sequence[Case]) -> Golden:
+    """Asks every case in every way in which policies ask; where none does, with reasoning.
 
     Never raises for what the guard answers.
     """
@@ -114,7 +114,7 @@ async def run(guard: Guard, found: Sequence[Case], judgings: Sequence[Judging]) 
 
     asked = []
     for case in found:
-        ways = case.asked or [Asking(case.source, judging) for judging in judgings or (REASON,)]
+        ways = case.asked or [Asking(case.source)]
         questions: dict[tuple[Judging, bool | None], list[Asking]] = {}
         for way in ways:
             questions.setdefault((way.judging, way.reader), []).append(way)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from guard_middleware.errors import GuardError
-from guard_middleware.types import Conversation, Judging, Message, Text, Verdict
+from guard_middleware.types import Conversation, Message, Text, Verdict
 from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.follower import Follower, Trials
@@ -37,7 +37,7 @@ class Bench:
         cases = golden.load(golden_set(folder))
         self.follower = Follower(
             self.directory,
-            Trials(cases, [Judging()], share, keep),
+            Trials(cases, share, keep),
             command,
             on_entry=self.entries.append,
             on_compared=self.compared.append,

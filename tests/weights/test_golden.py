@@ -45,7 +45,8 @@ def file(folder: Path, *rows: Any) -> Path:
 
 
 def ran(guard: Any, path: Path, *judgings: Judging) -> Golden:
-    return asyncio.run(golden.run(guard, golden.load(path), judgings or (Judging(),)))
+    askings = [Asking(source, judging) for judging in judgings for source in ("input", "output")]
+    return asyncio.run(golden.run(guard, golden.load(path, askings)))
 
 
 def test_benign_cases_come_first(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_row_is_kept_where_each_policy_would_act_as_its_label_says(
     source: Source = "input" if row.get("response") is None else "output"
     askings = [Asking(source, threshold=one) for one in thresholds]
     found = golden.load(file(tmp_path, row), [*askings, Asking("output" if source == "input" else "input")])
-    assert asyncio.run(golden.run(guard, found, ())) == Golden(1, broken)
+    assert asyncio.run(golden.run(guard, found)) == Golden(1, broken)
     assert len(guard.asked) == 1
 
 
@@ -104,7 +105,7 @@ def test_a_row_is_asked_with_the_reader_of_the_policy_and_by_policies_of_its_sou
     guard = Scored(0.1, None)
     label, reads = Asking("input", Judging("label")), Asking("input", Judging("label"), reader=True)
     found = golden.load(file(tmp_path, BREAD), [label, reads, Asking("output", reader=False)])
-    assert asyncio.run(golden.run(guard, found, ())).rows == 2
+    assert asyncio.run(golden.run(guard, found)).rows == 2
     assert [(one.judging.mode, one.reader) for one in guard.asked] == [("label", None), ("label", True)]
 
 
@@ -129,7 +130,7 @@ def test_what_the_policies_of_a_gateway_ask_is_what_is_tried(tmp_path: Path) -> 
 
 def test_a_row_that_no_policy_would_ask_about_is_asked_all_the_same(tmp_path: Path) -> None:
     found = golden.load(file(tmp_path, LOCK), [Asking("output")])
-    assert asyncio.run(golden.run(RuleGuard(), found, ())) == Golden(1)
+    assert asyncio.run(golden.run(RuleGuard(), found)) == Golden(1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from guard_middleware.guard.supervisor import worker_command
-from guard_middleware.types import Conversation, Judging, Message, Text, Verdict
+from guard_middleware.types import Conversation, Message, Text, Verdict
 from guard_middleware.weights import golden, manifest, state
 from guard_middleware.weights.directory import WeightsDirectory, now
 from guard_middleware.weights.follower import Follower, Trials
@@ -40,7 +40,7 @@ def test_nano_and_a_copy_of_it_change_places(tmp_path: Path) -> None:
     cases = golden.load(golden.BUNDLED)
     follower = Follower(
         directory,
-        Trials(cases, [Judging()], share=1.0, keep=300.0),
+        Trials(cases, share=1.0, keep=300.0),
         lambda model, socket: worker_command(model, socket, threads=1),
     )
     serving: list[str] = []
