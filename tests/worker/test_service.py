@@ -255,9 +255,11 @@ def test_a_full_queue_refuses_before_anything_is_read_or_planned(tiny_tokenizer)
         limits = ServiceLimits(BatchLimits(1, queue=1))
         service = GuardService(engine, Metrics(), reader=reader, read_by_default=True, limits=limits)
         end = asyncio.get_running_loop().time() + 20
-        waiting = [asyncio.create_task(service.moderate(question(), end)) for _ in range(2)]
-        while service.gauges()["queue_depth"] < 1:
-            await asyncio.sleep(0.01)
+        waiting = []
+        for what in ("running", "queue_depth"):  # together they could find each other in the queue of one
+            waiting.append(asyncio.create_task(service.moderate(question(), end)))
+            while service.gauges()[what] < 1:
+                await asyncio.sleep(0.01)
         with pytest.raises(GuardError, match="queue is full") as caught:
             await service.moderate(question(images=[b"a loaf"]), end)
         assert caught.value.retry_after > 0

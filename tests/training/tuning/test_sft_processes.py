@@ -33,7 +33,7 @@ given.run(given)
 """
 #: Two ranks, every block of both towers sharded; rank 0 has text only. Argument: the guard's folder.
 SHARDED = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from PIL import Image
@@ -59,8 +59,9 @@ for _ in range(2):
     loss.backward()
 assert all(p.grad is not None for p in model.parameters())
 dist.barrier()
-print("done", rank, float(loss.detach()))
-dist.destroy_process_group()
+print("done", rank, float(loss.detach()), flush=True)
+dist.barrier()
+os._exit(0)  # gloo may abort while it is taken down, after all that is asked here
 """
 
 
