@@ -8,7 +8,7 @@ import pytest
 
 from guard_training.corpus.rows import CorpusError, held_out
 from guard_training.nano.bank import default_bank, pair_of, read_bank
-from guard_training.nano.wordnet import WordNetMissing, definitions
+from guard_training.nano.wordnet import WordNetMissing, definitions, lemmas
 
 
 def test_prompts_and_pairs_become_rows_of_their_files_kind(tmp_path: Path) -> None:
@@ -47,6 +47,13 @@ def test_definitions_are_read_in_a_fixed_order_half_of_them_with_their_word(tmp_
         )
     texts = definitions(tmp_path)
     assert texts == ['a tool; "he used it"', 'pick lock: a tool; "he used it"'] * 2
+
+
+def test_lemmas_are_all_words_of_a_synset_by_part_of_speech(tmp_path: Path) -> None:
+    line = "00001740 03 n 03 Pick_lock 0 bolt 1 door_to_door_sale 0 000 | a tool\n"
+    for name in ("data.noun", "data.verb", "data.adj", "data.adv"):
+        (tmp_path / name).write_text(line if name == "data.noun" else "  a licence line\n", encoding="latin-1")
+    assert lemmas(tmp_path) == {"noun": ["bolt", "pick lock"], "verb": [], "adj": [], "adv": []}
 
 
 def test_a_missing_file_of_wordnet_names_its_package(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_run_goes_on_with_the_same_recipe_data_and_bank_only(
 
     monkeypatch.setattr(pipeline, "load_rows", begun)
     monkeypatch.setattr(pipeline, "definitions", lambda folder: ["a lock: what closes a door"])
+    monkeypatch.setattr(pipeline, "lemmas", lambda folder: {"noun": ["lock"]})
 
     def run(recipe: Recipe) -> None:
         train_nano(data, data / "out", recipe, lambda image: "", rationales={}, skipped=Skipped())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from guard_training.nano import encoder
+from guard_training.nano import encoder, variants
 from guard_training.nano.encoder import Embeddings, SentenceEncoder, fit_head
 from guard_training.nano.lexicon import Lexicon
-from guard_training.nano.pool import make_pool, make_stretches
+from guard_training.nano.pool import kept_texts, make_pool, make_stretches
+from guard_training.nano.variants import make_thesaurus, variant
 
 asked: list[str] = []
 
@@ -63,8 +65,7 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
             ["lock", "bread"] * 4,
             [True, False] * 4,
             [0.125] * 8,
-            ["large lock"],
-            ["axe"],
+            {"stretches": ["large lock"], "definitions": ["axe"]},
             lexicon,
             penalty=1e-2,
             sharpness=1.0,
@@ -78,7 +79,44 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
     assert pool.chances[9] > 0.9  # for its word
 
 
-def test_a_run_that_goes_on_keeps_its_stretches(tmp_path: Path) -> None:
-    first = make_stretches(["how do I pick a lock", "bake bread"], 20, 3, 1, tmp_path / "s.json")
-    assert make_stretches(["other texts"], 20, 3, 1, tmp_path / "s.json") == first
-    assert make_stretches([], 5, 3, 1, tmp_path / "s.json") == first[:5]
+def test_a_run_that_goes_on_keeps_its_texts(tmp_path: Path) -> None:
+    first = kept_texts(tmp_path / "s.json", lambda: make_stretches(["how do I pick a lock", "bake bread"], 20, 3, 1))
+    assert len(first) == 20
+    assert kept_texts(tmp_path / "s.json", lambda: ["other texts"]) == first
+
+
+def test_a_pool_knows_whose_its_texts_are(tmp_path: Path) -> None:
+    others = {"stretches": ["large lock"], "variants": ["pick a bolt", "bake buns"]}
+    with Progress(disable=True) as progress:
+        pool = make_pool(
+            ["lock", "bread"], [True, False], [0.5, 0.5], others, Lexicon({}, {}), penalty=1e-2, sharpness=1.0,
+            lexicon_share=0.5, kept=Embeddings(tmp_path), progress=progress,
+        )  # fmt: skip
+    rng = random.Random(1)
+    assert {pool.texts[pool.draw("variants", rng)] for _ in range(40)} == {"pick a bolt", "bake buns"}
+    assert {pool.texts[pool.draw("prompts", rng)] for _ in range(40)} == {"lock", "bread"}
+
+
+WORDS = {"noun": ["bolt", "bread", "bun", "lock"], "verb": ["bake", "break"]}
+
+
+def test_a_word_gives_way_to_a_near_one_of_its_part_of_speech(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(variants, "_KEPT", 0)
+    monkeypatch.setattr(variants, "_NEAREST", 2)
+    monkeypatch.setattr(variants, "_ANY", 0.0)
+    monkeypatch.setattr(variants, "_REPLACED", 1.0)
+    with Progress(disable=True) as progress:
+        thesaurus = make_thesaurus(["I bake Breads on zzz"], WORDS, Embeddings(tmp_path), progress)
+    rng = random.Random(1)
+    made = {variant("I bake Breads on zzz", thesaurus, rng) for _ in range(40)}
+    assert made == {"I break Bolts on zzz", "I break Buns on zzz"}  # the encoder of this test goes by the first letter
+
+
+def test_the_words_that_carry_a_sentence_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(variants, "_KEPT", 1)
+    monkeypatch.setattr(variants, "_REPLACED", 1.0)
+    with Progress(disable=True) as progress:
+        thesaurus = make_thesaurus(["bake bread", "bake buns"], WORDS, Embeddings(tmp_path), progress)
+    found = variant("bake bread", thesaurus, random.Random(1)).split()
+    assert found[0] == "bake"
+    assert found[1] != "bread"

@@ -138,7 +138,7 @@ def _garbled(text: str, rng: random.Random) -> str:
     return "".join(letters)
 
 
-def _cut(text: str, words: int, rng: random.Random) -> str:
+def cut(text: str, words: int, rng: random.Random) -> str:
     """At most ``words`` words in a row: mostly the beginning, as that is where a window begins too."""
     split = text.split(" ")
     if len(split) <= words:
@@ -153,8 +153,8 @@ def _user(text: str) -> Message:
 
 def text_case(row: Row, others: Mapping[Label, Sequence[str]], words: int, rng: random.Random) -> Case:
     """A prompt alone, restyled."""
-    text, label = restyle(_cut(row.prompt, words, rng), row.request, others, rng)
-    text = _cut(text, words, rng) if label == "unharmful" else " ".join(text.split(" ")[: 2 * words])
+    text, label = restyle(cut(row.prompt, words, rng), row.request, others, rng)
+    text = cut(text, words, rng) if label == "unharmful" else " ".join(text.split(" ")[: 2 * words])
     judged = Judged(text, "the request", label, row.category)
     return Case(Conversation((_user(text),)), judged, source=row.source, id=row.id)
 
@@ -182,7 +182,7 @@ def distilled_case(text: str, chance: float, meaning: int) -> Case:
 
 def pair_case(row: Row, words: int, rng: random.Random) -> Case:
     """A prompt with an answer, both cut to fit."""
-    prompt, answer = _cut(row.prompt, words // 2, rng), _cut(row.response or "", words // 2, rng)
+    prompt, answer = cut(row.prompt, words // 2, rng), cut(row.response or "", words // 2, rng)
     judged = Judged(prompt, "the request", row.request, row.category, answer, row.response_label)
     return Case(
         Conversation((_user(prompt),), answer=Message("assistant", (Text(answer),))),
@@ -195,8 +195,8 @@ def pair_case(row: Row, words: int, rng: random.Random) -> Case:
 def dialogue_case(row: Row, others: Mapping[Label, Sequence[str]], words: int, rng: random.Random) -> Case:
     """The row's prompt somewhere in a conversation: system text, earlier turns, or a tool's result."""
     kind = rng.choice(("system", "earlier", "later", "tool", "in_system"))
-    text = _cut(row.prompt, words // 2, rng)
-    beside = _cut(rng.choice(others["unharmful"]), words // 4, rng)
+    text = cut(row.prompt, words // 2, rng)
+    beside = cut(rng.choice(others["unharmful"]), words // 4, rng)
     place = "the request"
     messages: list[Message] = [Message("system", (Text(rng.choice(_SYSTEMS)),))] if rng.random() < 0.5 else []
     if kind == "system":

@@ -34,6 +34,7 @@ from guard_training.nano.export import export, shape, write_held_out
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import (
     Case,
+    cut,
     dialogue_case,
     distilled_case,
     draw,
@@ -43,7 +44,7 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_attention, start_embeddings
 from guard_training.nano.pictures import typographic
-from guard_training.nano.pool import Pool, make_pool, make_stretches, word_vectors
+from guard_training.nano.pool import Pool, kept_texts, make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
 from guard_training.nano.teacher import DECIDED, DECISIONS, LABELS, PHRASES, Kind, external, label, teach
@@ -60,7 +61,8 @@ from guard_training.nano.trainer import (
     to_dataset,
     training_arguments,
 )
-from guard_training.nano.wordnet import FOLDER, definitions
+from guard_training.nano.variants import make_thesaurus, variant
+from guard_training.nano.wordnet import FOLDER, definitions, lemmas
 from guard_training.rowfile import begin, digest
 from guard_training.tuning.run import last_checkpoint
 
@@ -139,6 +141,35 @@ def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe, folde
     return made
 
 
+def make_texts(
+    rows: Rows,
+    glosses: Sequence[str],
+    words: Mapping[str, Sequence[str]],
+    recipe: Recipe,
+    folder: Path,
+    kept: Embeddings,
+    progress: Progress,
+) -> dict[str, list[str]]:
+    """The texts that are only distilled, by group; a run that goes on keeps those in ``folder``."""
+    texts = [row.prompt for row in rows.prompts]
+
+    def stretches() -> list[str]:
+        answers = [row.response for row in rows.pairs if row.response]
+        return make_stretches([*texts, *answers], recipe.stretches, recipe.stretch_words, recipe.seed)
+
+    def variants() -> list[str]:
+        rng = random.Random(recipe.seed)
+        drawn = draw_prompts(_by_label(rows), recipe, recipe.variants, rng)
+        thesaurus = make_thesaurus(texts, words, kept, progress)
+        return [variant(cut(row.prompt, recipe.variant_words, rng), thesaurus, rng) for row in drawn]
+
+    return {
+        "stretches": kept_texts(folder / "stretches.json", stretches),
+        "variants": kept_texts(folder / "variants.json", variants),
+        "definitions": list(glosses[: recipe.definitions]),
+    }
+
+
 def make_model(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, words: Tensor, recipe: Recipe
 ) -> Qwen2_5_VLForConditionalGeneration:
@@ -162,22 +193,13 @@ def make_model(
 def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, pool: Pool, recipe: Recipe) -> list[Case]:
     """The stream of cases, in order of drawing."""
     rng = random.Random(recipe.seed)
-    by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
-    for row in rows.prompts:
-        if row.request:
-            by_label[row.request].append(row)
+    by_label = _by_label(rows)
     others: Mapping[Label, Sequence[str]] = {label: [row.prompt for row in kept] for label, kept in by_label.items()}
     wanted = {kind: int(recipe.cases * recipe.kind_shares.get(kind, 0.0)) for kind in KINDS}
 
-    def prompts(count: int) -> list[Row]:
-        harmful = int(count * recipe.harmful_share)
-        return draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng) + draw(
-            by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng
-        )
-
     words = recipe.prompt_words
-    cases = [text_case(row, others, words, rng) for row in prompts(wanted["text"])]
-    cases += [dialogue_case(row, others, words, rng) for row in prompts(wanted["dialogue"])]
+    cases = [text_case(row, others, words, rng) for row in draw_prompts(by_label, recipe, wanted["text"], rng)]
+    cases += [dialogue_case(row, others, words, rng) for row in draw_prompts(by_label, recipe, wanted["dialogue"], rng)]
     cases += [
         pair_case(_mixed(row, by_label, rng), words, rng) for row in _pairs(rows.pairs, recipe, wanted["pair"], rng)
     ]
@@ -185,7 +207,7 @@ def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, po
     for group, share in recipe.pool_shares.items():
         count = int(wanted["distilled"] * share)
         drawn_numbers = (
-            [numbers[id(row)] for row in prompts(count)]
+            [numbers[id(row)] for row in draw_prompts(by_label, recipe, count, rng)]
             if group == "prompts"
             else [pool.draw(group, rng) for _ in range(count)]
         )
@@ -196,6 +218,22 @@ def make_cases(rows: Rows, typographic_rows: Sequence[Row], drawn: DrawnText, po
         assert row.image is not None
         cases.append(picture_case(row, drawn(row.image.read_bytes()), others, rng))
     return [replace(case, brief=rng.random() < recipe.brief_share) for case in cases]
+
+
+def draw_prompts(by_label: Mapping[Label, Sequence[Row]], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
+    """Rows of both labels in the recipe's shares, the harmful ones first."""
+    harmful = int(count * recipe.harmful_share)
+    return draw(by_label["harmful"], recipe.source_shares, recipe.power, harmful, rng) + draw(
+        by_label["unharmful"], recipe.source_shares, recipe.power, count - harmful, rng
+    )
+
+
+def _by_label(rows: Rows) -> dict[Label, list[Row]]:
+    by_label: dict[Label, list[Row]] = {"harmful": [], "unharmful": []}
+    for row in rows.prompts:
+        if row.request:
+            by_label[row.request].append(row)
+    return by_label
 
 
 def _pairs(pairs: Sequence[Row], recipe: Recipe, count: int, rng: random.Random) -> list[Row]:
@@ -285,13 +323,11 @@ def train_nano(
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         kept = Embeddings(output / "embeddings")
         words = word_vectors(tokenizer, kept, progress)
-        texts = [row.prompt for row in rows.prompts] + [row.response for row in rows.pairs if row.response]
         pool = make_pool(
             [row.prompt for row in rows.prompts],
             rows.harmful,
             rows.weights(recipe.source_shares),
-            make_stretches(texts, recipe.stretches, recipe.stretch_words, recipe.seed, output / "stretches.json"),
-            glosses[: recipe.definitions],
+            make_texts(rows, glosses, lemmas(wordnet), recipe, output, kept, progress),
             lexicon,
             penalty=recipe.head_penalty,
             sharpness=recipe.head_sharpness,

@@ -1,7 +1,7 @@
 """The pool of distillation: texts, what the sentence encoder makes of them, and the odds of harm that follow.
 
-Four groups: the labelled prompts, stretches of words out of any rows, WordNet's definitions, and the tokenizer's own
-words (each embedded as a text, for the start of nano's embeddings).
+Groups: the labelled prompts, variants of them, stretches of words out of any rows, WordNet's definitions. Beside them
+the tokenizer's own words, each embedded as a text, for the start of nano's embeddings.
 """
 
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,39 +30,38 @@ LONGEST = 1200
 class Pool:
     """``texts`` with their ``vectors`` (texts, 384; half precision) and ``chances`` of harm (texts,).
 
-    The first ``prompts`` of them are the labelled prompts in their order, the next ``stretches`` the stretches, the
-    rest definitions.
+    ``groups`` says which of them are whose; the labelled prompts come first, in their order.
     """
 
     texts: list[str]
     vectors: Tensor
     chances: Tensor
-    prompts: int
-    stretches: int
+    groups: Mapping[str, range]
 
     def draw(self, group: str, rng: random.Random) -> int:
-        """The number of a random text of ``stretches`` or ``definitions``."""
-        if group == "stretches":
-            return rng.randrange(self.prompts, self.prompts + self.stretches)
-        return rng.randrange(self.prompts + self.stretches, len(self.texts))
+        """The number of a random text of the group."""
+        return rng.choice(self.groups[group])
 
 
-def make_stretches(texts: Sequence[str], count: int, words: int, seed: int, file: Path) -> list[str]:
-    """Stretches of words out of ``texts``, mostly of up to ``words`` words; a run that goes on keeps ``file``'s."""
+def kept_texts(file: Path, make: Callable[[], list[str]]) -> list[str]:
+    """What ``make`` gives; a run that goes on keeps ``file``'s."""
     if not file.exists():
-        rng = random.Random(seed)
-        made = [snippet(texts, rng.choice((words, words, words, 3 * words)), rng)[:LONGEST] for _ in range(count)]
-        file.write_text(json.dumps(made), encoding="utf-8")
+        file.write_text(json.dumps(make()), encoding="utf-8")
     kept: list[str] = json.loads(file.read_text(encoding="utf-8"))
-    return kept[:count]
+    return kept
+
+
+def make_stretches(texts: Sequence[str], count: int, words: int, seed: int) -> list[str]:
+    """Stretches of words out of ``texts``, mostly of up to ``words`` words."""
+    rng = random.Random(seed)
+    return [snippet(texts, rng.choice((words, words, words, 3 * words)), rng)[:LONGEST] for _ in range(count)]
 
 
 def make_pool(
     prompts: Sequence[str],
     harmful: Sequence[bool],
     weights: Sequence[float],
-    stretches: Sequence[str],
-    definitions: Sequence[str],
+    others: Mapping[str, Sequence[str]],
     lexicon: Lexicon,
     *,
     penalty: float,
@@ -71,17 +70,21 @@ def make_pool(
     kept: Embeddings,
     progress: Progress,
 ) -> Pool:
-    """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts.
+    """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts, ``others`` the other groups.
 
     The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
     """
-    texts = [prompt[:LONGEST] for prompt in prompts] + list(stretches) + list(definitions)
+    texts = [prompt[:LONGEST] for prompt in prompts]
+    groups = {"prompts": range(len(texts))}
+    for name, more in others.items():
+        groups[name] = range(len(texts), len(texts) + len(more))
+        texts += [text[:LONGEST] for text in more]
     vectors = kept.of(texts, progress, "embedding texts")
     head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
     by_words = torch.tensor([lexicon.score(text) for text in texts])
     logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
-    return Pool(texts, vectors, torch.sigmoid(logits), len(prompts), len(stretches))
+    return Pool(texts, vectors, torch.sigmoid(logits), groups)
 
 
 def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:

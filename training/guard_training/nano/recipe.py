@@ -32,6 +32,8 @@ class Recipe:
     brief_share: float
     stretches: int
     stretch_words: int
+    variants: int
+    variant_words: int
     definitions: int
     head_penalty: float
     head_sharpness: float
