@@ -279,6 +279,18 @@ def test_a_meaning_pulls_the_mapped_state_to_it(tokenizer, recipe: Recipe, tmp_p
     assert seen[-1] < seen[0]
 
 
+def test_a_later_stage_goes_on_with_the_map_of_the_one_before(tokenizer, recipe: Recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    examples = [e for e in _distilled(_examples(tokenizer, recipe, tmp_path)) if e.meaning is not None] * 2
+    first = _trainer(tokenizer, recipe, tmp_path / "first", examples, meanings=MEANINGS)
+    first.train()
+    meanings = dataclasses.replace(MEANINGS, map=first.map)
+    second = _trainer(tokenizer, recipe, tmp_path / "second", examples, meanings=meanings)
+    assert second.map is first.map
+    before = {name: value.clone() for name, value in second.map.state_dict().items()}
+    second.train()
+    assert not torch.equal(second.map.state_dict()["1.weight"], before["1.weight"])  # it learns on
+
+
 def test_a_stretch_is_words_of_the_texts() -> None:
     rng = random.Random(3)
     for _ in range(50):

@@ -352,9 +352,11 @@ def train_nano(
             staged.append(to_dataset(in_batches(encoded, stage.batch, stage.seed)))
     model = make_model(rows, tokenizer, words, recipe)
     keep_memory()
+    learnt = None
     for number, (stage, examples) in enumerate(zip(stages(recipe), staged, strict=True), 1):
-        trainer = _train(model, tokenizer, examples, stage, pool, output / f"checkpoints-{number}", stop_after)
-        model = trainer.model
+        meanings = Meanings(pool.vectors, stage.embedding_weight, learnt)
+        trainer = _train(model, tokenizer, examples, stage, meanings, output / f"checkpoints-{number}", stop_after)
+        model, learnt = trainer.model, trainer.map
         if stop_after:
             break
     _calibrate(
@@ -415,7 +417,7 @@ def _train(
     tokenizer: PreTrainedTokenizerFast,
     examples: Dataset,
     recipe: Recipe,
-    pool: Pool,
+    meanings: Meanings,
     checkpoints: Path,
     stop_after: int | None,
 ) -> GuardSFTTrainer:
@@ -439,7 +441,7 @@ def _train(
         vocabulary=Vocabulary(
             encoder.opening, encoder.image_pad, _decisions(tokenizer), tokenizer.convert_tokens_to_ids(list(PHRASES))
         ),
-        meanings=Meanings(pool.vectors, recipe.embedding_weight),
+        meanings=meanings,
     )
     if stop_after:
         trainer.add_callback(StopAfter(stop_after))

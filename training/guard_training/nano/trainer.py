@@ -164,10 +164,15 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Meanings:
-    """The encoder's embeddings (texts, dimensions), of unit length, and the weight of matching them in the loss."""
+    """The encoder's embeddings (texts, dimensions), of unit length, and the weight of matching them in the loss.
+
+    ``map`` goes from hidden states to embeddings; a later stage that began with a new one would pull the states away
+    from all that the stages before it learnt.
+    """
 
     table: Tensor
     weight: float
+    map: torch.nn.Sequential | None = None
 
 
 class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
@@ -175,7 +180,7 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, vocabulary: Vocabulary, meanings: Meanings | None = None, **kwargs: Any):
         self.meanings = meanings
-        self.map: torch.nn.Sequential | None = None
+        self.map = meanings.map if meanings else None
         super().__init__(*args, **kwargs)
         self._vocabulary = vocabulary
         self._bfloat16 = has_bfloat16()
@@ -184,7 +189,7 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
             self.model.set_attn_implementation(ATTENTION)
         self._opening = torch.tensor([list(vocabulary.opening)])
         self._decisions = torch.tensor(list(vocabulary.decisions))
-        if meanings is not None:
+        if meanings is not None and self.map is None:
             width = self.model.get_input_embeddings().weight.shape[1]
             # Most of the state is the same in every row; without its mean taken out, the map learns that alone.
             self.map = torch.nn.Sequential(
