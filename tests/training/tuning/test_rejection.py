@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,27 @@ def test_another_seed_draws_other_rows() -> None:
     rows = [row(str(n), "harmful") for n in range(60)]
     counts = {one.id: Counts(one.id, 0, 0, 0, (1,)) for one in rows}
     assert select(rows, counts, range(1, 2), max_rows=9) != select(rows, counts, range(1, 2), max_rows=9, seed=1)
+
+
+def test_balanced_rows_are_as_often_harmful_as_not_among_those_with_the_same_sides_labelled() -> None:
+    def made(labels: str) -> Row:
+        request, response = ({"h": "harmful", "u": "unharmful", "-": None}[letter] for letter in labels[:2])
+        return Row(labels, "made", "words", request, "answer", response)  # type: ignore[arg-type]
+
+    rows = [
+        made(f"{sides}{n}") for sides in ("u-", "h-", "-u", "uu", "uh", "hu") for n in range(2 if "h" in sides else 5)
+    ]
+    counts = {one.id: Counts(one.id, 0, 0, 0, (1,)) for one in rows}
+    kept = select(rows, counts, range(1, 2), balance=True)
+    assert Counter(one.id[:2] for one in kept) == {
+        "u-": 2,
+        "h-": 2,
+        "uu": 4,
+        "uh": 2,
+        "hu": 2,
+    }  # "-u" has no other side
+    assert [one.id for one in kept] == [one.id for one in rows if one in kept]
+    assert kept == select(rows, counts, range(1, 2), balance=True)
 
 
 def test_statistics_are_by_source_and_modality_then_in_all() -> None:

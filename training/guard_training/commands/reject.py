@@ -10,12 +10,13 @@ _ABOUT = """\
 Rejection sampling (GuardReasoner-VL, section 4.1): draws k outputs of a guard for every row and keeps the rows that
 it still gets wrong. A sample is right where the product's strict parser reads it and every labelled side is right.
 The paper keeps rows that are wrong in all four samples, and every row that is only an image (--keep-all-images);
---keep 1..3 keeps the rows of mixed outcome, from which group-relative RL learns. Statistics by source and modality
-are printed. A stopped run goes on when the same command is given again, and draws the same; --keep, --keep-all-images
-and --max-rows can be changed later without sampling again.
+--keep 1..3 keeps the rows of mixed outcome, from which group-relative RL learns. What a guard gets wrong is mostly of
+one label, and RL on that alone moves its operating point and teaches it nothing: --balance evens the labels out.
+Statistics by source and modality are printed. A stopped run goes on when the same command is given again, and draws
+the same; --keep, --keep-all-images, --balance and --max-rows can be changed later without sampling again.
 
   guard-train reject --rows rows.jsonl --model out/sft --output hard.jsonl --keep-all-images --max-rows 12000
-  guard-train reject --rows rows.jsonl --model out/sft --output mixed.jsonl --keep 1..3 --engine vllm
+  guard-train reject --rows rows.jsonl --model out/sft --output mixed.jsonl --keep 1..3 --balance --engine vllm
 """
 
 
@@ -36,6 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--max-new-tokens", type=int, metavar="N", help="of a sample (default: the guard's own limit; paper 4096)")
     arg("--keep", metavar="N[..M]", help="how many samples of a kept row are wrong (default: all k)")
     arg("--keep-all-images", action="store_true", help="keep every row that is only an image, as the paper does")
+    arg("--balance", action="store_true", help="keep as many rows with a harmful label as without, side by side")
     arg("--max-rows", type=int, metavar="N", help="keep at most N rows, drawn by the seed (paper 12000)")
     arg("--seed", type=int, default=0, metavar="N", help="of samples and draws (default 0)")
     arg("--engine", choices=("transformers", "vllm"), default="transformers", help="default transformers")
@@ -82,7 +84,7 @@ def run(given: argparse.Namespace) -> None:
         given.output,
         contract,
         sampling,
-        Selection(given.keep, given.keep_all_images, given.max_rows),
+        Selection(given.keep, given.keep_all_images, given.balance, given.max_rows),
         sampler,
         engine=given.engine,
         sequences=given.batch,

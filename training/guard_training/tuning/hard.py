@@ -39,6 +39,7 @@ class Selection:
 
     keep: str | None = None
     all_images: bool = False
+    balance: bool = False
     max_rows: int | None = None
 
 
@@ -90,7 +91,15 @@ def reject(
         lines = list(journal)
     counts = {line["id"]: from_json(line) for line in lines if "bad" not in line}
     skipped.reasons += [f"{line['id']}: {line['bad']}" for line in lines if "bad" in line]
-    kept = select(rows, counts, wrong, all_images=selection.all_images, max_rows=selection.max_rows, seed=seed)
+    kept = select(
+        rows,
+        counts,
+        wrong,
+        all_images=selection.all_images,
+        balance=selection.balance,
+        max_rows=selection.max_rows,
+        seed=seed,
+    )
     chosen = (json.dumps(_line(row, counts[row.id], output.parent), ensure_ascii=False) for row in kept)
     write_whole(output, "".join(f"{line}\n" for line in chosen).encode())
     groups = statistics(rows, counts, kept, sampling.k)

@@ -96,22 +96,40 @@ def select(
     wrong: range,
     *,
     all_images: bool = False,
+    balance: bool = False,
     max_rows: int | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """The rows with as many wrong samples, in order; of more than ``max_rows``, as many drawn by the seed.
 
-    ``all_images`` keeps every row that is only an image (the paper's rule). Rows without counts are left out.
+    ``all_images`` keeps every row that is only an image (the paper's rule). ``balance`` draws as many rows with a
+    harmful label as without one, among those with the same sides labelled. Rows without counts are left out.
     """
     kept = [
         row
         for row in rows
         if row.id in counts and (counts[row.id].wrong in wrong or (all_images and modality(row) == "image"))
     ]
+    rng = random.Random(seed)
+    if balance:
+        kept = _balanced(kept, rng)
     if max_rows is None or len(kept) <= max_rows:
         return kept
-    drawn = set(random.Random(seed).sample(range(len(kept)), max_rows))
-    return [row for number, row in enumerate(kept) if number in drawn]
+    return _drawn(kept, max_rows, rng)
+
+
+def _balanced(rows: Sequence[Row], rng: random.Random) -> list[Row]:
+    kinds: dict[tuple[bool, bool], tuple[list[Row], list[Row]]] = {}
+    for row in rows:
+        sides = kinds.setdefault((row.request is None, row.response_label is None), ([], []))
+        sides["harmful" in (row.request, row.response_label)].append(row)
+    kept = {row.id for sides in kinds.values() for side in sides for row in _drawn(side, min(map(len, sides)), rng)}
+    return [row for row in rows if row.id in kept]
+
+
+def _drawn(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
+    drawn = set(rng.sample(range(len(rows)), count))
+    return [row for number, row in enumerate(rows) if number in drawn]
 
 
 @dataclass(frozen=True, slots=True)
