@@ -148,7 +148,13 @@ class GuardClient:
             if wait > 0:
                 raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker is not reachable", retry_after=1.0)
             self._connecting = asyncio.create_task(self._open(), name="guard-connect")
-        outcome = await asyncio.shield(self._connecting)
+        try:
+            outcome = await asyncio.shield(self._connecting)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard client is closed") from None  # by ``aclose``
         if isinstance(outcome, GuardError):
             raise outcome
         return outcome

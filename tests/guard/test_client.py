@@ -68,6 +68,23 @@ async def client_of(path, **options):
         await client.aclose()
 
 
+@contextlib.asynccontextmanager
+async def speechless(path):
+    """A server that accepts a connection and says nothing until it is closed; yields the event of the first one."""
+    accepted, ended = asyncio.Event(), asyncio.Event()
+
+    async def hold(reader, writer):
+        accepted.set()
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        ended.set()
+
+    async with await asyncio.start_unix_server(hold, path):
+        yield accepted
+        await ended.wait()
+
+
 def run(coroutine):
     asyncio.run(asyncio.wait_for(coroutine, 30))
 
@@ -356,6 +373,30 @@ def test_it_speaks_tcp_too():
             port = server.sockets[0].getsockname()[1]
             async with client_of(f"http://127.0.0.1:{port}") as client:
                 assert await client.moderate(question()) == VERDICT
+
+    run(main())
+
+
+def test_a_client_closed_while_it_connects_answers_unavailable(tmp_path):
+    async def main():
+        async with speechless(tmp_path / "w.sock") as accepted:
+            client = GuardClient(tmp_path / "w.sock")
+            waiting = [asyncio.create_task(client.moderate(question())) for _ in range(2)]
+            await accepted.wait()
+            await client.aclose()
+            assert [(await one).kind for one in waiting] == [GuardErrorKind.UNAVAILABLE] * 2
+
+    run(main())
+
+
+def test_a_caller_that_goes_away_while_it_connects_is_cancelled(tmp_path):
+    async def main():
+        async with speechless(tmp_path / "w.sock") as accepted, client_of(tmp_path / "w.sock") as client:
+            waiting = asyncio.create_task(client.moderate(question()))
+            await accepted.wait()
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
 
     run(main())
 
