@@ -53,12 +53,11 @@ class Thesaurus:
     def instead(self, word: str, rng: random.Random) -> str | None:
         """A word for ``word`` (or its plural), written as it is; None where there is none."""
         lower = word.lower()
-        ending = "" if lower in self._near else "s"
-        known = lower.removesuffix(ending) if ending else lower
+        known = lower if lower in self._near else lower.removesuffix("s")
         if not self._near.get(known):
             return None
         found = rng.choice(self._all[known]) if rng.random() < _ANY else rng.choice(self._near[known])
-        return (found.capitalize() if word[0].isupper() else found) + ending
+        return (found.capitalize() if word[0].isupper() else found) + lower.removeprefix(known)
 
 
 def make_thesaurus(
