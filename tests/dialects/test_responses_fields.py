@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -15,7 +15,6 @@ from openai.types.responses import (
     response_input_item_param,
     response_output_item,
     response_output_text,
-    response_reasoning_item,
     response_stream_event,
     response_text_config_param,
     tool_param,
@@ -27,15 +26,15 @@ from guard_middleware.dialects.fields import Rule
 
 
 def members(kind: Any) -> Iterator[Any]:
-    """The classes of a union, however it is annotated."""
+    """The classes of a union, or of a list of it, however it is annotated."""
     if hasattr(kind, "__metadata__"):
         yield from members(kind.__origin__)
     elif get_origin(kind) is typing.Union:
         for inner in get_args(kind):
             yield from members(inner)
-    elif get_origin(kind) is list:
+    elif get_origin(kind) in (list, Iterable):
         yield from members(get_args(kind)[0])
-    elif kind is not str:
+    elif kind not in (str, type(None)):
         yield kind
 
 
@@ -56,23 +55,24 @@ def tagged(kind: Any) -> list[tuple[str, Any]]:
     return [(tag, member) for member in members(kind) for tag in tags(member)]
 
 
-REASONING = [response_reasoning_item.Summary, response_reasoning_item.Content]
-INPUT_PARTS = [
-    sdk.ResponseInputTextParam,
-    sdk.ResponseInputImageParam,
-    sdk.ResponseInputFileParam,
-    sdk.ResponseInputAudioParam,
-    sdk.ResponseInputTextContentParam,
-    sdk.ResponseInputImageContentParam,
-    sdk.ResponseInputFileContentParam,
-    sdk.response_computer_tool_call_output_screenshot_param.ResponseComputerToolCallOutputScreenshotParam,
-    sdk.ResponseOutputTextParam,
-    sdk.ResponseOutputRefusalParam,
-    *REASONING,
+ITEMS = [
+    ("input item", table.INPUT_ITEMS, response_input_item_param.ResponseInputItemParam),
+    ("output item", table.OUTPUT_ITEMS, response_output_item.ResponseOutputItem),
 ]
+#: fields of items and of events that hold parts
+HOLD_PARTS = ("content", "summary", "output", "part")
+
+
+def parts() -> list[tuple[str, Any]]:
+    """(tag, class) of whatever stands as a part in an item or an event that passes."""
+    unions = [*ITEMS, ("event", table.EVENTS, response_stream_event.ResponseStreamEvent)]
+    holders = [kind for _, known, union in unions for tag, kind in tagged(union) if known.get(tag)]
+    fields = [hints(kind)[name] for kind in holders for name in HOLD_PARTS if name in hints(kind)]
+    return list(dict.fromkeys(pair for field in fields for pair in tagged(field)))
+
+
 UNIONS: list[tuple[str, Any, Any]] = [
-    *(("input item", table.INPUT_ITEMS, pair) for pair in tagged(response_input_item_param.ResponseInputItemParam)),
-    *(("output item", table.OUTPUT_ITEMS, pair) for pair in tagged(response_output_item.ResponseOutputItem)),
+    *((what, known, pair) for what, known, union in ITEMS for pair in tagged(union)),
     *(("tool", table.TOOLS, pair) for pair in tagged(tool_param.ToolParam)),
     *(("event", table.EVENTS, pair) for pair in tagged(response_stream_event.ResponseStreamEvent)),
     *(("annotation", table.ANNOTATIONS, pair) for pair in tagged(response_output_text.Annotation)),
@@ -80,7 +80,9 @@ UNIONS: list[tuple[str, Any, Any]] = [
         ("format", table.FORMATS, pair)
         for pair in tagged(response_format_text_config_param.ResponseFormatTextConfigParam)
     ),
-    *(("part", table.PARTS, (tag, kind)) for kind in INPUT_PARTS for tag in tags(kind)),
+    *(("part", table.PARTS, pair) for pair in parts()),
+    # in no union of the SDK
+    ("part", table.PARTS, ("input_audio", sdk.ResponseInputAudioParam)),
     ("tool", table.TOOLS, ("custom", custom_tool_param.CustomToolParam)),
 ]
 
@@ -93,6 +95,10 @@ def test_every_type_of_the_sdk_is_decided_and_every_field_of_those_that_pass(
     assert tag in tables, f"{what} {tag}"
     if tables[tag] is not None:
         assert hints(kind).keys() - tables[tag].keys() == set()
+
+
+def test_every_type_of_part_is_taken_from_the_sdk() -> None:
+    assert {tag for tag, _ in parts()} | {"input_audio"} == table.PARTS.keys()
 
 
 @pytest.mark.parametrize(
