@@ -77,6 +77,7 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
     # the six rows of --data are not calibrated on
     assert calibration["reason"]["request"]["rows"] == 54
     assert calibration["reason"]["request"]["temperature"] > 1
+    assert calibration["label"]["request"]["rows"] == 54
     pushed: list[Any] = []
     monkeypatch.setattr(hub, "push", lambda *given, **more: pushed.append((given, more)) or "https://hub/a/b")
     call(tmp_path / "revision", "--output", tmp_path / "copy", "--to-hub", "a/b", "--private")

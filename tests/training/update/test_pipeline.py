@@ -14,15 +14,17 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from guard_middleware.types import Judging
+from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import resolve
-from guard_training.corpus.rows import Row, Skipped
+from guard_training.corpus.rows import Row, Skipped, held_out
 from guard_training.evaluation import measure
 from guard_training.evaluation.outcomes import Outcome, blank
 from guard_training.rowfile import OutputError
 from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
 from guard_training.update import pipeline, revision
 from guard_training.update.gate import UpdateRefused
-from guard_training.update.lessons import Said
+from guard_training.update.lessons import HELD_BACK, Said
 from guard_training.update.pipeline import Plan, UpdateError
 from tests.tiny_model import make_folder
 
@@ -81,7 +83,8 @@ def plan(tmp_path: Path, current: Path) -> Plan:
 
 
 class Guards:
-    """``rule`` of the current guard is that killing is harmful; ``new`` says what the new one calls harmful."""
+    """``rule`` of the current guard is that killing is harmful; ``new`` says what the new one calls harmful. Without
+    reasoning both are less sure of it."""
 
     def __init__(self, plan: Plan, new: Rule) -> None:
         self.plan, self.new = plan, new
@@ -102,16 +105,17 @@ class Guards:
             (folder / "guard.json").write_text('{"name": "small"}')
         return folder
 
-    def measure(self, rows: Sequence[Row], model: str, journal: Path) -> list[Outcome]:
+    def measure(self, rows: Sequence[Row], model: str, journal: Path, judging: Judging) -> list[Outcome]:
         self.measured.append(model)
         rule = self.current if model == self.plan.model else self.new
         facts = resolve(model).facts
+        low, high = (0.1, 0.9) if judging.mode == "reason" else (0.05, 0.2)
         out = []
         for row in rows:
             harmful = rule(row)
             one = blank(row, model=facts.name, revision=facts.revision)
             label: Any = "harmful" if harmful else "unharmful"
-            out.append(replace(one, request=label, request_score=0.9 if harmful else 0.1, reasoning_tokens=3))
+            out.append(replace(one, request=label, request_score=high if harmful else low, reasoning_tokens=3))
         return out
 
     def ask(self, rows: Sequence[Row], model: str, journal: Path) -> Mapping[str, Said]:
@@ -159,6 +163,16 @@ def test_corrections_become_a_revision_that_is_whole(plan: Plan) -> None:
     assert [reason.partition(": ")[0] for reason in reasons[2:4]] == ["correction:d8", "correction:d9"]
     assert "dev.jsonl holds it too" in reasons[2]
     assert "the golden set golden.jsonl holds it too" in reasons[3]
+
+
+def test_the_new_guard_is_calibrated_in_every_mode(plan: Plan) -> None:
+    kept_back = [one for one in labelled("r", 3000, 0) if held_out(one["id"], HELD_BACK)]
+    write(plan.replay[0], [*labelled("r", 60, 0), *kept_back])
+    folder, _ = Guards(plan, learnt).run()
+    scales = read(folder, resolve(str(folder)).facts.revision).scales
+    assert set(scales) == {("reason", "request"), ("label", "request")}
+    assert scales["label", "request"].shift > 0
+    assert ", mode label: temperature" in (folder / "README.md").read_text()
 
 
 def test_what_is_trained_on_is_in_no_evaluation_file(plan: Plan, tmp_path: Path) -> None:

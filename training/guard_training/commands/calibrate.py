@@ -49,12 +49,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from guard_middleware.types import REASON, Judging
     from guard_middleware.worker.weights import load
     from guard_training.corpus.rows import Skipped
     from guard_training.evaluation.measure import measure, write_json
     from guard_training.evaluation.tables import Sheet
-    from guard_training.update.calibration import calibration
+    from guard_training.update.calibration import calibration, kinds
 
     console = terminal(150)
     skipped = Skipped()
@@ -62,10 +61,7 @@ def run(given: argparse.Namespace) -> None:
     facts = load(given.model, name=given.model.resolve().name).facts
     outcomes: dict[str, list[Outcome]] = {}
     journal = given.output.with_name(f"{given.output.name}.journal")
-    for kind, judging in {"reason": REASON, "label": Judging("label")}.items():
-        if kind == "label" and not _has_labels(facts):
-            console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated")
-            continue
+    for kind, judging in kinds(facts).items():
         console.print(f"mode {kind}: {len(rows)} rows")
         outcomes[kind] = measure(
             rows,
@@ -76,6 +72,8 @@ def run(given: argparse.Namespace) -> None:
             judging=judging,
             calibrated=False,
         )
+    if "label" not in outcomes:
+        console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated")
     found = calibration(facts.revision, **outcomes)
     columns = (
         "mode",
@@ -113,10 +111,6 @@ def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
     if not kept:
         raise ValueError(f"none of the {len(rows)} rows is held back; --every-row takes them all")
     return kept
-
-
-def _has_labels(facts: ModelFacts) -> bool:
-    return facts.form is None or "label_answered" in facts.form
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from guard_middleware.types import REASON, Judging
 from guard_middleware.worker.calibration import METHOD, Scale
+from guard_middleware.worker.weights import ModelFacts
 from guard_training.evaluation import curves
 from guard_training.evaluation.metrics import scored
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side
@@ -24,6 +26,14 @@ LEAST = 15
 _CLIP = 1e-6
 #: Temperatures that are tried, evenly in their logarithm.
 _TEMPERATURES = np.geomspace(0.05, 20.0, 401)
+
+
+def kinds(facts: ModelFacts) -> dict[str, Judging]:
+    """How a guard is asked for each kind of verdict that it gives; one that was taught a form gives those of it."""
+    found = {"reason": REASON}
+    if facts.form is None or "label_answered" in facts.form:
+        found["label"] = Judging("label")
+    return found
 
 
 def scaled(scores: Array, temperature: float, shift: float = 0.0) -> Array:

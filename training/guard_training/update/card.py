@@ -195,8 +195,10 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
             lines.append(f"- {side}, mode {kind}: too few held-back rows, so its scores are not calibrated.")
         else:
             before, after = one["calibration_error"]
+            shift = f", shift {one['shift']:.2f}" if one.get("shift") else ""
             lines.append(
-                f"- {side}, mode {kind}: temperature {one['temperature']:.2f} on {one['rows']} held-back rows "
+                f"- {side}, mode {kind}: temperature {one['temperature']:.2f}{shift} on {one['rows']} held-back rows "
                 f"({one['harmful']} harmful); expected calibration error {before:.3f} before, {after:.3f} after."
             )
-    return "\n".join(["## Calibration", "", "`calibration.json`; a score is sigmoid(logit / temperature).", "", *lines])
+    scale = "`calibration.json`; a score is sigmoid((logit + shift) / temperature)."
+    return "\n".join(["## Calibration", "", scale, "", *lines])

@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress, track
 
-from guard_middleware.types import Verdict
+from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
 from guard_training.cli import LAUNCH
@@ -38,7 +38,7 @@ from guard_training.rowfile import begin, bring_image, digest, write_whole
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import SftSettings
 from guard_training.update import gate, revision
-from guard_training.update.calibration import calibration
+from guard_training.update.calibration import calibration, kinds
 from guard_training.update.card import Recipe, SourceFacts, count_sources, licence_of, write_card
 from guard_training.update.corrections import SOURCE, agreed, read_corrections, read_log
 from guard_training.update.lessons import (
@@ -59,8 +59,8 @@ _CALIBRATION_ROWS = 600
 
 #: Makes the guard of the prepared folder and returns its place.
 Train = Callable[["Plan"], Path]
-#: What a guard says about rows: (rows, model, journal) -> outcomes in order.
-Measure = Callable[[Sequence[Row], str, Path], list[Outcome]]
+#: What a guard says about rows: (rows, model, journal, how it is asked) -> outcomes in order.
+Measure = Callable[[Sequence[Row], str, Path, Judging], list[Outcome]]
 
 
 class UpdateError(ValueError):
@@ -152,10 +152,9 @@ def run(
     new = train(plan)
     console.print(f"new guard: {new}", highlight=False)
     asked = [*(row for rows in prepared.evaluation.values() for row in rows), *prepared.golden, *prepared.corrected]
-    before = {one.id: one for one in measure(asked, plan.model, plan.output / "current.jsonl")}
-    after_rows = [*asked, *prepared.calibration]
-    after = {one.id: one for one in measure(after_rows, str(new), plan.output / "new.jsonl")}
-    return conclude(plan, prepared, new, before, after, console=console)
+    before = {one.id: one for one in measure(asked, plan.model, plan.output / "current.jsonl", REASON)}
+    after = {one.id: one for one in measure(asked, str(new), plan.output / "new.jsonl", REASON)}
+    return conclude(plan, prepared, new, before, after, measure=measure, console=console)
 
 
 def prepare(
@@ -251,9 +250,10 @@ def conclude(
     before: Mapping[str, Outcome],
     after: Mapping[str, Outcome],
     *,
+    measure: Measure,
     console: Console,
 ) -> Path:
-    """Report, gate, revision."""
+    """Report, gate, calibration, revision."""
     measured = [row.id for rows in prepared.evaluation.values() for row in rows]
     golden = [row.id for row in prepared.golden]
     verdict = gate.judge(
@@ -284,7 +284,9 @@ def conclude(
         highlight=False,
     )
     verdict.raise_if_refused()
-    fitted = calibration(facts.revision, reason=[after[row.id] for row in prepared.calibration])
+    journal = plan.output / "new.jsonl"
+    asked = {kind: measure(prepared.calibration, str(new), journal, how) for kind, how in kinds(facts).items()}
+    fitted = calibration(facts.revision, **asked)
     return revision.write_revision(
         new,
         plan.output / "revision",
@@ -430,8 +432,10 @@ def write_rl_rows(folder: Path, skipped: Skipped) -> None:
 
 
 def measurer(console: Console, concurrency: int) -> Measure:
-    def ask(rows: Sequence[Row], model: str, journal: Path) -> list[Outcome]:
-        return measure(rows, model, concurrency=concurrency, console=console, journal=journal, calibrated=False)
+    def ask(rows: Sequence[Row], model: str, journal: Path, judging: Judging) -> list[Outcome]:
+        return measure(
+            rows, model, concurrency=concurrency, console=console, journal=journal, judging=judging, calibrated=False
+        )
 
     return ask
 

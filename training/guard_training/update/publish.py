@@ -18,7 +18,7 @@ from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation.measure import sample, usable
 from guard_training.nano.bank import default_bank, read_bank
 from guard_training.update import revision
-from guard_training.update.calibration import calibration
+from guard_training.update.calibration import calibration, kinds
 from guard_training.update.card import Recipe, count_sources, licence_of, write_card
 from guard_training.update.pipeline import Measure
 
@@ -108,9 +108,9 @@ def _calibration(
     if not kept:
         raise PublishError(f"{making.calibration}: no usable row that is not among --data")
     journal = making.calibration.with_name(f"{making.calibration.name}.{facts.revision}.journal")
-    outcomes = measure(kept, str(making.guard), journal)
+    outcomes = {kind: measure(kept, str(making.guard), journal, how) for kind, how in kinds(facts).items()}
     journal.unlink(missing_ok=True)
-    return calibration(facts.revision, reason=outcomes)
+    return calibration(facts.revision, **outcomes)
 
 
 def _kept(guard: Path, facts: ModelFacts) -> Mapping[str, Any] | None:
