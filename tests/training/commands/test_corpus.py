@@ -207,7 +207,11 @@ def test_sources_lists_every_source_with_its_licence_and_label_rule(tmp_path: Pa
         (["--source", "beavertails"], "NAME=COPY"),
         (["--source", "beaver=x"], "no source 'beaver'"),
         (["--source", "beavertails=gone.jsonl"], "no such file or folder"),
-        (["--source", "badnews=hub"], "badnews is not on the hub"),
+        (["--source", "badnews=hub"], "badnews cannot be read straight from the hub: download and unpack github.com"),
+        (
+            ["--source", "hateful_memes=hub"],
+            "download and unpack huggingface.co/datasets/ys-zong/VLGuard",
+        ),
         (["--source", "aegis=a/t.csv", "--source", "aegis=b/t.csv"], "two copies of aegis are called t.csv"),
         (["--source", "aegis=a.csv", "--share", "aegis=half"], "NAME=PART"),
         (["--source", "aegis=a.csv", "--share", "hod=0.5"], "no --source of that name"),

@@ -14,6 +14,7 @@ from guard_training.corpus.rows import (
     held_out,
     labelled,
     passages,
+    read_good_rows,
     read_rows,
     unique_prompts,
 )
@@ -31,13 +32,62 @@ def test_rows_are_read_plain_and_compressed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["{", "[]", '{"id": "a"}', json.dumps({**ROW, "prompt_label": "bad"}), json.dumps({**ROW, "image": "../x.png"})],
+    ("line", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("[]", "not a JSON object"),
+        ('{"id": "a"}', "no 'source'"),
+        *(
+            (json.dumps({**ROW, **changed}), reason)
+            for changed, reason in [
+                ({"id": ""}, "no 'id'"),
+                ({"id": None}, "no 'id'"),
+                ({"id": ["a"]}, "'id' is no text"),
+                ({"prompt": 5}, "'prompt' is no text"),
+                ({"response": ["a"]}, "'response' is no text"),
+                ({"category": {}}, "'category' is no text"),
+                ({"rationale": 0}, "'rationale' is no text"),
+                ({"prompt": "a \ud800 b"}, "'prompt' holds half of a surrogate pair"),
+                ({"prompt_label": "bad"}, "'prompt_label' is none of"),
+                ({"response_label": ["harmful"]}, "'response_label' is none of"),
+                ({"image": 5}, "'image' is no text"),
+                ({"image": "a\0.png"}, "null byte"),
+                ({"image": "../x.png"}, "outside the data file's folder"),
+            ]
+        ),
+        (json.dumps(ROW).encode().replace(b"lock", b"l\xffck"), "can't decode byte 0xff"),
+    ],
 )
-def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, line: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(ROW) + "\n" + line + "\n")
-    with pytest.raises(CorpusError, match=r"a\.jsonl:2"):
+def test_a_bad_row_is_refused_with_its_line_and_the_good_ones_go_on(
+    tmp_path: Path, line: str | bytes, reason: str
+) -> None:
+    good, bad = json.dumps(ROW).encode(), line.encode() if isinstance(line, str) else line
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, bad, good]))
+    with pytest.raises(CorpusError, match=rf"^a\.jsonl:2: .*{reason}"):
         read_rows(tmp_path / "a.jsonl")
+    skipped = Skipped()
+    assert [row.id for row in read_good_rows(tmp_path / "a.jsonl", skipped)] == ["a", "a"]
+    assert len(skipped.reasons) == 1
+    assert reason in skipped.reasons[0]
+
+
+def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [{**ROW, "id": n, "prompt": f"{rng.getrandbits(20_000):x}"} for n in range(50)]
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    path = tmp_path / "a.jsonl.gz"
+    for data, least in ((whole[: len(whole) // 2], 20), (whole[:99] + b"\xff" * 99, 0), (b"no gzip", 0)):
+        path.write_bytes(data)
+        skipped = Skipped()
+        found = read_good_rows(path, skipped)
+        assert [row.id for row in found] == [str(n) for n in range(len(found))]
+        assert least <= len(found) < 50
+        assert skipped.reasons[-1].startswith(
+            f"a.jsonl.gz:{len(found) + 1}: the file is broken or cut off from here on"
+        )
+        with pytest.raises(CorpusError, match=r"^a\.jsonl\.gz:"):
+            read_rows(path)
 
 
 def test_about_the_wanted_share_is_held_out_and_always_the_same() -> None:

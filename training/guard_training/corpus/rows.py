@@ -4,8 +4,9 @@ Harmful and benign rows almost never share a source, so a model can learn how a 
 asked. ``passages`` cuts stretches out of long benign answers (wide vocabulary, every length) and out of labelled
 dialogue turns, so that topic words and length alone do not give the label away.
 
-Refuses: a row without an id or source, another label than harmful, unharmful or null, an image outside the
-data file's folder.
+Refuses: a line that is no JSON object in UTF-8, a row without an id or source, a text that is none or holds half of a
+surrogate pair, another label than harmful, unharmful or null, an image outside the data file's folder, and what a
+broken compressed file would have held behind the break.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from guard_middleware.types import Label
 
@@ -64,15 +66,7 @@ class Skipped:
 
 def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
     """Like ``read_rows``, but a bad line goes to ``skipped`` and the reading goes on."""
-    rows = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    rows.append(_row(line, number, path))
-                except CorpusError as error:
-                    skipped(str(error))
-    return rows
+    return list(_rows(path, skipped))
 
 
 def open_text(path: Path) -> TextIO:
@@ -101,33 +95,83 @@ def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. Raises ``CorpusError``."""
-    with open_text(path) as lines:
-        return [_row(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+    return list(_rows(path, _refuse))
 
 
-def _row(line: str, number: int, path: Path) -> Row:
+def encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
     try:
-        value: dict[str, Any] = json.loads(line)
-        image = value.get("image")
-        picture = (path.parent / image).resolve() if image else None
-        if picture and not picture.is_relative_to(path.parent.resolve()):
-            raise CorpusError(f"{path.name}:{number}: the image lies outside the data file's folder; move it inside")
-        return Row(
-            id=str(value["id"]),
-            source=str(value["source"]),
-            prompt=value.get("prompt") or "",
-            request=_label(value.get("prompt_label")),
-            response=value.get("response") or None,
-            response_label=_label(value.get("response_label")),
-            category=value.get("category"),
-            licence=value.get("licence") or "",
-            image=picture,
-            rationale=value.get("rationale") or None,
-        )
-    except CorpusError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorpusError(f"{path.name}:{number}: not a labelled row ({error}); see the data README") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise CorpusError(reason)
+
+
+def _rows(path: Path, bad: Callable[[str], object]) -> Iterator[Row]:
+    number = 0
+    try:
+        # As bytes, so that one line that is not UTF-8 is one bad line.
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield _row(line, path.parent)
+                    except (ValueError, RecursionError) as error:
+                        bad(f"{path.name}:{number}: not a labelled row ({error}); see the data README")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        bad(f"{path.name}:{number + 1}: the file is broken or cut off from here on ({type(error).__name__})")
+
+
+def _row(line: bytes, folder: Path) -> Row:
+    value = json.loads(line.decode())
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    image = _text(value, "image")
+    picture = (folder / image).resolve() if image else None
+    if picture and not picture.is_relative_to(folder.resolve()):
+        raise ValueError("the image lies outside the data file's folder: move it inside")
+    return Row(
+        id=_name(value, "id"),
+        source=_name(value, "source"),
+        prompt=_text(value, "prompt") or "",
+        request=_label(value, "prompt_label"),
+        response=_text(value, "response") or None,
+        response_label=_label(value, "response_label"),
+        category=_text(value, "category"),
+        licence=_text(value, "licence") or "",
+        image=picture,
+        rationale=_text(value, "rationale") or None,
+    )
+
+
+def _name(value: Mapping[str, Any], key: str) -> str:
+    """A text or a whole number, as some data sets count their rows."""
+    found = value.get(key)
+    if type(found) is int:
+        return str(found)
+    if not (name := _text(value, key)):
+        raise ValueError(f"no {key!r}")
+    return name
+
+
+def _text(value: Mapping[str, Any], key: str) -> str | None:
+    found = value.get(key)
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{key!r} is no text")
+    if found and not encodable(found):
+        raise ValueError(f"{key!r} holds half of a surrogate pair")
+    return found
+
+
+def _label(value: Mapping[str, Any], key: str) -> Label | None:
+    found = value.get(key)
+    if found not in ("harmful", "unharmful", None):
+        raise ValueError(f"{key!r} is none of harmful, unharmful, null")
+    return cast(Label | None, found)
 
 
 def labelled(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
@@ -141,12 +185,6 @@ def labelled(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
         else:
             kept[row.id] = row
     return list(kept.values())
-
-
-def _label(value: Any) -> Label | None:
-    if value not in ("harmful", "unharmful", None):
-        raise ValueError(f"label {value!r}")
-    return cast(Label | None, value)
 
 
 def held_out(id: str, fraction: float) -> bool:

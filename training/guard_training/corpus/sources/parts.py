@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, row_to_json
+from guard_training.corpus.rows import CorpusError, Row, Skipped, encodable, read_good_rows, row_to_json
 from guard_training.corpus.sources.fields import Fields, Foreign, Picture, Unusable
 from guard_training.corpus.sources.records import Copy, Record, open_copy, open_hub
 from guard_training.corpus.sources.registry import Source
@@ -57,7 +57,8 @@ class Given:
             return open_copy(Path(self.place), self.source.files, hub.splits if hub else ("train",))
         if self.source.hub is None:
             raise CorpusError(
-                f"{self.source.name} is not on the hub: get it from {self.source.home}, and give its path"
+                f"{self.source.name} cannot be read straight from the hub: download and unpack "
+                f"{self.source.home}, and give its path"
             )
         return open_hub(self.source.hub, self.place.partition(":")[2] or None)
 
@@ -131,19 +132,11 @@ def _row(id: str, given: Given, record: Record, folder: Path) -> Row:
     if not found.prompt and found.image is None:
         raise Unusable("neither a prompt nor an image")
     for words in (found.prompt, found.response, found.category, found.rationale):
-        if words and not _is_unicode(words):
+        if words and not encodable(words):
             raise Unusable("its text holds half of a surrogate pair")
     target = folder / _IMAGES / given.source.name
     image = None if found.image is None else _keep(_bytes(found.image, record, given), target)
     return _to_row(id, given.source, found, image)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _to_row(id: str, source: Source, found: Fields, image: Path | None) -> Row:
