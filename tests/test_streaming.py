@@ -22,6 +22,7 @@ from tests.support import gateway
 from tests.support.flow import DONE, ENDING, Client, Speaker, chat, chunk, opening, says
 from tests.support.gateway import Seen, chunked, scripted_worker, stream_head
 from tests.support.guards import BrokenGuard, RuleGuard
+from tests.support.shapes import COMMENT, SHAPES, Shape, events
 
 WINDOW = "{mode: window, first_window: 16, last_window: 16, growth: 1, overlap: 8, keep_alive: 30s}"
 ASYNC = "{mode: async, leak_bound: 16, first_window: 16, overlap: 8, keep_alive: 30s}"
@@ -158,8 +159,6 @@ def test_one_choice_is_cut_and_the_other_goes_on(tmp_path: Path) -> None:
 
 # -- keep-alive --
 
-COMMENT = b": guard pending\n\n"
-
 
 @pytest.mark.parametrize("rules", ["{mode: hold, keep_alive: 40ms}", WINDOW.replace("30s", "40ms")])
 def test_a_stream_that_is_held_shows_signs_of_life_and_then_its_text(tmp_path: Path, rules: str) -> None:
@@ -230,14 +229,15 @@ def test_a_client_that_leaves_in_mid_stream_cancels_the_guard_and_the_upstream(t
     assert (record["released_bytes"] > 0) == (stream != HOLD)
 
 
-def _rest(name: str) -> Callable[[Seen, asyncio.StreamReader, asyncio.StreamWriter], Any]:
+def _rest(name: str, shape: Shape) -> Callable[[Seen, asyncio.StreamReader, asyncio.StreamWriter], Any]:
     """Says the words, then the secret, which no window holds, and then what its name says."""
+    said = "".join(WORDS[:10]) + SECRET
     after: dict[str, bytes] = {
         "malformed": chunked(b"data: {\n\n", end=False),
-        "unknown_event": chunked(b"event: note\ndata: {}\n\n", end=False),
-        "error_event": chunked(b'data: {"error": {"message": "x"}}\n\n', end=False),
+        "unknown_event": chunked(b'event: note\ndata: {"type": "note"}\n\n', end=False),
+        "error_event": chunked(shape.error_event, end=False),
         "invalid_utf_8": chunked(b"data: \xff\n\n", end=False),
-        "after_the_end": chunked(ENDING + says(SECRET)[0]),
+        "after_the_end": chunked(shape.ending(said) + shape.says(SECRET)),
         "no_end": chunked(),
         "no_finish": chunked(DONE),
         "bad_chunk": b"zz\r\n",
@@ -245,11 +245,11 @@ def _rest(name: str) -> Callable[[Seen, asyncio.StreamReader, asyncio.StreamWrit
     }
 
     async def behaviour(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(stream_head() + chunked(opening(), end=False))
+        writer.write(stream_head() + chunked(shape.opening(), end=False))
         for word in WORDS[:10]:
-            writer.write(chunked(*says(word), end=False))
+            writer.write(chunked(shape.says(word), end=False))
             await asyncio.sleep(0.005)
-        writer.write(chunked(*says(SECRET), end=False) + after.get(name, b""))
+        writer.write(chunked(shape.says(SECRET), end=False) + after.get(name, b""))
         await writer.drain()
         await asyncio.sleep(0.02)
         if name == "reset":
@@ -280,17 +280,20 @@ BREAKS = {
 
 @pytest.fixture(scope="module")
 def breaking() -> Iterator[gateway.Upstream]:
-    with gateway.Upstream({name: _rest(name) for name in BREAKS}) as server:
+    told = {f"{name}-{dialect}": _rest(name, shape) for name in BREAKS for dialect, shape in SHAPES.items()}
+    with gateway.Upstream(told) as server:
         yield server
 
 
+@pytest.mark.parametrize("dialect", SHAPES)
 @pytest.mark.parametrize("name", BREAKS)
 def test_an_upstream_that_breaks_in_mid_stream_is_said_and_what_is_held_is_dropped(
-    tmp_path: Path, breaking: gateway.Upstream, name: str
+    tmp_path: Path, breaking: gateway.Upstream, name: str, dialect: str
 ) -> None:
+    shape = SHAPES[dialect]
     ends_by_silence = BREAKS[name] == "upstream_timeout"
     upstream = UpstreamApp(breaking.url, silence=0.3 if ends_by_silence else 30)
-    client = Client(chat() | {"model": name})
+    client = Client(shape.asked(f"{name}-{dialect}", True), shape.path)
     host = Host(tmp_path, upstream, WINDOW, yaml="limits: {answer_bytes: 64KB}")
 
     async def close() -> None:
@@ -299,12 +302,12 @@ def test_an_upstream_that_breaks_in_mid_stream_is_said_and_what_is_held_is_dropp
 
     host.run(client, meanwhile=close)
     assert client.status == 200
-    assert client.text()
-    assert "".join(WORDS[:10]).startswith(client.text())
+    assert shape.text(client.data)
+    assert "".join(WORDS[:10]).startswith(shape.text(client.data))
     assert SECRET.strip().encode() not in client.data
-    assert client.error["code"] == BREAKS[name]
-    assert client.data.endswith(DONE)
-    assert client.finish_reason() is None
+    assert shape.code(events(client.data)[-1]) == BREAKS[name]
+    assert client.data.endswith(shape.after_error)
+    assert shape.last not in client.data
     record = host.record
     assert (record["outcome"], record["error"], record["status"]) == ("upstream_error", BREAKS[name], 200)
     assert record["released_bytes"] == len(client.data)
