@@ -65,7 +65,7 @@ def _text(results: Any) -> str:
     return console.export_text()
 
 
-def test_each_variant_takes_away_one_thing(recipe: GrpoSettings) -> None:
+def test_each_variant_changes_one_thing(recipe: GrpoSettings) -> None:
     changed = {
         name: {f for f in recipe.__slots__ if getattr(change(recipe), f) != getattr(recipe, f)}
         for name, change in VARIANTS.items()
@@ -75,10 +75,12 @@ def test_each_variant_takes_away_one_thing(recipe: GrpoSettings) -> None:
         "no augmentation": {"mixed_rows"},
         "no dynamic clipping": {"dynamic_clipping"},
         "no length reward": {"reward"},
+        "eco": {"reward"},
         "text only": {"rows"},
         "image only": {"rows"},
     }
     assert VARIANTS["no length reward"](recipe).reward.unit == "none"
+    assert VARIANTS["eco"](recipe).reward == replace(recipe.reward, beta=1 / 6)
 
 
 def test_variants_are_trained_measured_and_compared_row_by_row(recipe: GrpoSettings, tmp_path: Path) -> None:
@@ -113,6 +115,7 @@ def test_a_variant_that_fails_is_told_and_the_others_go_on(recipe: GrpoSettings,
     text = _text(results)
     assert "not trained: raise 3 usable rows" in text
     assert "no length reward (stopped by an alarm)" in text
+    assert "no augmentation, text only, image only: fewer rows" in text
 
 
 def test_the_files_hold_every_variant_and_its_figures(recipe: GrpoSettings, tmp_path: Path) -> None:

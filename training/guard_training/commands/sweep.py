@@ -9,9 +9,10 @@ from pathlib import Path
 
 _ABOUT = """\
 The ablations of online RL in one command: trains the recipe in full, without augmented rows, without dynamic clipping,
-without the length reward (r = -1 + r_safety), on text alone and on images alone, measures each and the guard before
-RL on a labelled file, and writes <output>/ablations.json, .svg and .png with the table. A stopped sweep goes on when
-the same command is given again.
+without the length reward (r = -1 + r_safety), as Eco (beta = 1/6), on RL's rows of text alone and of images alone,
+measures each and the guard before RL on a labelled file, and writes <output>/ablations.json, .svg and .png with the
+table. Rows that a variant leaves out are not replaced: it has fewer rollouts. A stopped sweep goes on when the same
+command is given again.
 
   guard-train sweep --rows rl.jsonl --model out/sft/model --recipe grpo-nano --data dev.jsonl.gz --output out/sweep
   guard-train sweep --rows rl.jsonl --recipe grpo-3b --data dev.jsonl.gz --output out/sweep \\

@@ -1,4 +1,4 @@
-"""The paper's ablations of online RL: one recipe with one part taken away at a time, trained, measured, compared.
+"""The paper's ablations of online RL, and Eco: one recipe with one part changed at a time, trained, measured, compared.
 
 Every variant is a run of ``guard-train grpo`` in a process of its own (a GPU's memory and vLLM's engine do not outlive
 it) in a folder of its own, so a stopped sweep goes on where it stopped: finished variants are not trained again and
@@ -33,15 +33,17 @@ from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.run import last_checkpoint
 
 FULL, BEFORE = "full", "before RL"
-#: What is taken away (paper, ablation study).
+#: What is changed (paper, ablation study; Eco is beta = 1/6). SFT stays: one modality is of RL's rows alone.
 VARIANTS: dict[str, Callable[[GrpoSettings], GrpoSettings]] = {
     FULL: lambda recipe: recipe,
     "no augmentation": lambda recipe: replace(recipe, mixed_rows=False),
     "no dynamic clipping": lambda recipe: replace(recipe, dynamic_clipping=False),
     "no length reward": lambda recipe: replace(recipe, reward=replace(recipe.reward, unit="none")),
+    "eco": lambda recipe: replace(recipe, reward=replace(recipe.reward, beta=1 / 6)),
     "text only": lambda recipe: replace(recipe, rows="text"),
     "image only": lambda recipe: replace(recipe, rows="image"),
 }
+_NOTE = "no augmentation, text only, image only: fewer rows, so fewer rollouts than the full recipe has"
 _ALARM = "stopped by an alarm"
 
 Train = Callable[[GrpoSettings, Path], str | None]
@@ -127,7 +129,8 @@ def _as_far_as_it_came(folder: Path, note: str | None) -> str | None:
 
 def table(results: Sequence[Result]) -> Table:
     """Per cent with 95 % intervals; the difference in mean F1 is paired."""
-    out = Table(title="Ablations of online RL: per cent, with 95 % intervals")
+    title = "Ablations of online RL: per cent, with 95 % intervals"
+    out = Table(title=title, caption=_NOTE, caption_justify="left")
     for column in ("variant", "mean F1", "recall", "false positives", "format", "reasoning tokens", "F1 to full"):
         out.add_column(column, justify="left" if column == "variant" else "right")
     for one in results:
