@@ -26,6 +26,8 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = [{"id": str(n), "request_score": 0.4 * n} for n in range(3)]
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    others = [{"id": str(n), "request": "harmful" if n else "unharmful"} for n in range(3)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
     figures = tmp_path / "dev.json"
     call(
         "evaluate",
@@ -33,6 +35,8 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
         tmp_path / "rows.jsonl",
         "--predictions",
         f"tfidf={tmp_path}/said.jsonl",
+        "--predictions",
+        f"words={tmp_path}/others.jsonl",
         "--json",
         figures,
     )
@@ -41,6 +45,9 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "old" not in text
     assert "| locks | request | 3 | 3 | 33.3 (6.1-79.2) |" in text
+    assert "| source | judged | tfidf | words |" in text
+    assert "| mean over sources |  | 33.3 / - / - | 66.7 / - / - |" in text
+    assert "| tfidf | " in text  # words gives no scores
 
 
 def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from guard_training.evaluation.benchmarks import paper_table
-from guard_training.evaluation.card import BEGIN, END, write_results
+from guard_training.evaluation.card import BEGIN, END, results, write_results
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome
 
@@ -50,6 +50,13 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head(tmp_path: Path) -> 
     for table in card.read_text().split("\n\n"):
         lines = [line for line in table.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) <= 1
+
+
+def test_another_model_of_the_same_name_stands_beside_it(tmp_path: Path) -> None:
+    summary = {"data": "dev.jsonl", **summarise(OUTCOMES, model="nano", revision="new"), "benchmarks": None}
+    other = {**summarise(OUTCOMES[:2], model="nano", revision="old"), "benchmarks": None}
+    assert "| source | judged | nano new | nano |" in results({**summary, "others": {"nano": other}})
+    assert "| source | judged | nano" not in results({**summary, "others": {}})
 
 
 @pytest.mark.parametrize("text", ["# nano\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n"])

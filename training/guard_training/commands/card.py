@@ -7,9 +7,10 @@ from pathlib import Path
 
 _ABOUT = """\
 Writes the figures of `guard-train evaluate --json` into a model card (README.md in the model's folder), between
-the lines `<!-- results:begin -->` and `<!-- results:end -->`.
+the lines `<!-- results:begin -->` and `<!-- results:end -->`. What --predictions of other models gave stands beside
+the guard's, source by source.
 
-  guard-train evaluate --data dev.jsonl.gz --model out/model --json dev.json
+  guard-train evaluate --data dev.jsonl.gz --model out/model --predictions tfidf=tfidf.jsonl --json dev.json
   guard-train card --model out/model --results dev.json
 """
 

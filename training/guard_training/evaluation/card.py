@@ -17,7 +17,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def results(summary: dict[str, Any]) -> str:
-    """One summary as Markdown: what was measured, the table, the totals, the paper's benchmarks where asked about."""
+    """One summary as Markdown: what was measured, the table, the totals, other models on the same rows beside it, the
+    paper's benchmarks where asked about."""
     part = f" (at most {summary['limit']} rows of a source)" if summary.get("limit") else ""
     lines = [
         f"`{summary['data']}`{part}, revision `{summary['revision']}`, per cent with 95 % intervals:",
@@ -28,8 +29,10 @@ def results(summary: dict[str, Any]) -> str:
         f"{', '.join(f'{kind} {n}' for kind, n in sorted(summary['errors'].items())) or 'none'}; "
         f"mean reasoning tokens {summary['mean_reasoning_tokens'] or 0:.1f}.",
     ]
-    named = {summary["model"]: summary}
-    more = [*(tables.thresholds(named, side) for side in SIDES), *(tables.benchmarks(named, side) for side in SIDES)]
+    others, name = summary.get("others") or {}, summary["model"]
+    named = {f"{name} {summary['revision']}" if name in others else name: summary, **others}
+    more = [tables.models(named) if others else None]
+    more += [*(tables.thresholds(named, side) for side in SIDES), *(tables.benchmarks(named, side) for side in SIDES)]
     for sheet in more:
         if sheet is not None:
             lines += ["", f"{sheet.title}:", "", sheet.markdown(), *(["", sheet.note] if sheet.note else [])]
