@@ -490,7 +490,7 @@ def test_a_source_from_the_hub_asks_for_its_configuration_split_and_revision(
     (row,) = rows("unsafebench", "hub:abc123", tmp_path)
     assert asked == [(("yiting/UnsafeBench", None), {"split": "train", "revision": "abc123"})]
     assert (row.id, row.request) == ("unsafebench:hub@abc123/yiting/UnsafeBench/train:1", "unharmful")
-    with pytest.raises(CorpusError, match=r"hod is not on the hub: get it from github"):
+    with pytest.raises(CorpusError, match=r"hod cannot be read straight from the hub: download and unpack github"):
         rows("hod", "hub", tmp_path)
 
 

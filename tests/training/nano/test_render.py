@@ -70,3 +70,34 @@ def test_an_image_is_read_once_and_remembered_on_disk(tmp_path: Path) -> None:
     assert drawn(b"abc") == drawn(b"abc") == "text of\n3"
     assert DrawnText(tmp_path / "drawn.jsonl", read)(b"abc") == "text of\n3"
     assert calls == [b"abc"]
+
+
+@pytest.mark.parametrize("end", [0, 20, 80, -1])
+def test_reading_goes_on_after_a_kill_inside_a_write(tmp_path: Path, end: int) -> None:
+    calls: list[bytes] = []
+
+    def read(image: bytes) -> str:
+        calls.append(image)
+        return f"{image.decode()} \ud800 \u2028 {'long ' * 3000}"
+
+    file, images = tmp_path / "drawn.jsonl", (b"a", b"b", b"c")
+    first = DrawnText(file, read)
+    texts_drawn = [first(image) for image in images[:2]]
+    whole, _, last = file.read_bytes().rstrip(b"\n").rpartition(b"\n")
+    file.write_bytes(whole + b"\n" + last[:end])
+    again = DrawnText(file, read)
+    assert again.missing(images) == 2
+    assert [again(image) for image in images[:2]] == texts_drawn
+    again(b"c")
+    assert DrawnText(file, read).missing(images) == 0
+    assert calls == [b"a", b"b", b"b", b"c"]
+
+
+def test_of_two_processes_that_go_on_after_a_kill_neither_takes_the_others_lines(tmp_path: Path) -> None:
+    file = tmp_path / "drawn.jsonl"
+    file.write_text('["cut off')
+    one, other = (DrawnText(file, lambda image: image.decode()) for _ in range(2))
+    for image in (b"a", b"b", b"c"):
+        one(image)
+        other(image + b"'")
+    assert DrawnText(file, str).missing([b"a", b"b", b"c", b"a'", b"b'", b"c'"]) == 0

@@ -2,6 +2,9 @@
 
 Reading costs a third of a second per image on one core, so each image is read once and its text is kept in a JSONL
 file by the digest of the image's bytes. The reader is the one that serves (``guard_middleware.guard.reader``).
+
+Several processes may append to one file, so no line is ever taken out of it: one that was cut off by a kill stays,
+counts as not there, and its image is read again.
 """
 
 from __future__ import annotations
@@ -19,17 +22,29 @@ class DrawnText:
 
     def __init__(self, file: Path, read: Read) -> None:
         self._file, self._read = file, read
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        self._known: dict[str, str] = dict(json.loads(line) for line in lines)
+        data = file.read_bytes() if file.exists() else b""
+        self._known: dict[str, str] = dict(filter(None, map(_pair, data.splitlines())))
+        self._cut_off = bool(data) and not data.endswith(b"\n")
 
     def __call__(self, image: bytes) -> str:
         digest = hashlib.sha256(image).hexdigest()
         if digest not in self._known:
             self._known[digest] = self._read(image)
-            with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps([digest, self._known[digest]]) + "\n")
+            line = json.dumps([digest, self._known[digest]]).encode() + b"\n"
+            # Unbuffered: one write call for each line, which those of other processes do not split.
+            with self._file.open("ab", buffering=0) as out:
+                out.write(b"\n" + line if self._cut_off else line)
+            self._cut_off = False
         return self._known[digest]
 
     def missing(self, images: Iterable[bytes]) -> int:
         """How many of ``images`` have not been read yet."""
         return sum(hashlib.sha256(image).hexdigest() not in self._known for image in images)
+
+
+def _pair(line: bytes) -> tuple[str, str] | None:
+    try:
+        digest, text = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    return digest, text
