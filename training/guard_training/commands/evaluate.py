@@ -35,7 +35,7 @@ relative to the data file). Labels are "harmful", "unharmful" or null.
 The 14 benchmarks of GuardReasoner-VL, as its authors released them, beside the paper's figures:
 
   guard-train evaluate --benchmark data/benchmark --images yueliu1999/GuardReasoner-VLTest \\
-      --model yueliu1999/GuardReasoner-VL-Eco-3B --mode paper --report paper.html
+      --model yueliu1999/GuardReasoner-VL-Eco-3B --report eco.html
 
 Another guard or a baseline on the same rows. Predictions are lines of {"id", "request_score", "response_score"}, of
 {"id", "request", "response"}, or of {"id", "output"} with a reasoning guard's whole text:
@@ -43,11 +43,12 @@ Another guard or a baseline on the same rows. Predictions are lines of {"id", "r
   guard-train evaluate --data dev.jsonl.gz --model out/model --outcomes new.jsonl \\
       --against old.jsonl --predictions tfidf=tfidf.jsonl --report new.html
 
-Modes: strict (default) takes one verdict in the one form, anything else is wrong and counted; paper follows the
-released evaluation of outputs in a predictions file: the first label anywhere, None is unharmful, no label is the
-opposite of the truth. A guard that is asked live is read strictly by its worker in either mode; paper then only counts
-an unreadable verdict on a response of SPA-VL-Eval as unharmful. To score a guard by the released rules, write its
-outputs to a predictions file.
+Modes: strict (default) takes one verdict in the one form, anything else is wrong and counted. paper follows the
+released evaluation: the first label anywhere, None is unharmful, no label is the opposite of the truth, and unharmful
+for a response of SPA-VL-Eval. It needs whole outputs, which a worker does not give away: it is refused with --model,
+and reads a file of {"id", "output"} that another program wrote (ids are those of --outcomes):
+
+  guard-train evaluate --benchmark data/benchmark --predictions eco=outputs.jsonl --mode paper --report paper.html
 """
 
 
@@ -161,6 +162,11 @@ def _answers(
 
     if not given.model and not given.predictions:
         raise ValueError("nobody to ask; give --model, or --predictions NAME=FILE")
+    if given.model and given.mode == "paper":
+        raise ValueError(
+            "--mode paper reads whole outputs, and a worker gives verdicts, read strictly; leave --mode out (another "
+            'form is then wrong), or give the outputs as --predictions NAME=FILE of {"id", "output"}, without --model'
+        )
     named = [one.partition("=") for one in given.predictions]
     if any(not (name and file) for name, _, file in named):
         raise ValueError("--predictions takes NAME=FILE")

@@ -151,6 +151,8 @@ def benchmarks(summaries: Mapping[str, Summary], side: str) -> Sheet | None:
         f" Not all benchmarks were given: {', '.join(partial)} cannot be held against the paper's." if partial else ""
     )
     note += f" Another number of rows than the paper's: {', '.join(short)}." if short else ""
+    if any(summaries[name]["mode"] == "strict" for name in ours):
+        note += " Read strictly: an output of another form is wrong, in which the paper's rules look for a label."
     return Sheet(f"F1 of harmful {side}s, per cent", ("model", *names.values(), *averages.values()), tuple(rows), note)
 
 
