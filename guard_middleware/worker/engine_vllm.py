@@ -65,7 +65,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from guard_middleware.worker.vllm_pictures import Pictures
 from guard_middleware.worker.vllm_stats import Stats, summed
 
-LEAST_VERSION = (0, 31)
+LEAST_VERSION = (0, 32)
 #: tokens within which a tag ends, whatever the tokenizer: every byte of it may be a token
 _TAIL = len(END_THINK) + 4
 #: the extra argument of a request that fills in a form: [answered]

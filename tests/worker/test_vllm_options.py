@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from guard_middleware.errors import ConfigError
@@ -58,3 +62,12 @@ def test_all_but_where_and_how_fast_may_change_verdicts(stated, found):
 )
 def test_ranks_are_the_data_parallel_copies(stated, found):
     assert ranks(stated) == found
+
+
+def test_the_package_the_engine_and_the_page_ask_for_the_same_vllm() -> None:
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    (least,) = [re.findall(r">=([0-9.]+)", need) for need in extras["vllm"] if need.startswith("vllm")]
+    engine = (root / "guard_middleware" / "worker" / "engine_vllm.py").read_text("utf-8")
+    assert re.findall(r"^LEAST_VERSION = \((\d+), (\d+)\)$", engine, re.MULTILINE) == [tuple(least[0].split("."))]
+    assert re.findall(r"vLLM ([0-9.]+) or newer", (root / "docs" / "worker.md").read_text("utf-8")) == least
