@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import uvicorn
 from PIL import Image
@@ -28,9 +30,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from guard_middleware.guard.parse import completion, parse
-from guard_training.commands import synthesize
+from guard_training.commands import corpus, synthesize
+from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import read_rows
 from guard_training.rowfile import OutputError
+from guard_training.tuning.contract import target
 
 
 class ScriptedTeacher:
@@ -131,7 +135,7 @@ def test_rows_get_rationales_that_the_guards_form_takes(
         {"id": "seen", "prompt": "", "prompt_label": "unharmful", "image": "wide.png"},
         {"id": "done", "prompt": "p", "prompt_label": "harmful", "rationale": "It was written before."},
         {"id": "gone", "prompt": "", "prompt_label": "harmful", "image": "gone.png"},
-        {"id": "bare", "prompt": "p", "prompt_label": None},
+        {"id": "void", "text": "p", "label": "harmful"},
         {"id": "odd", "prompt": "p", "prompt_label": "maybe"},
     ]
     path = rows_file(tmp_path, rows)
@@ -164,10 +168,52 @@ def test_rows_get_rationales_that_the_guards_form_takes(
     assert "3 rows left out" in shown
     for reason in (
         "gone: gone.png is no readable image",
-        "bare: no label to explain",
+        "void: nothing to judge: no prompt, response or image",
         "rows.jsonl:9: not a labelled row",
     ):
         assert reason in shown
+
+
+def test_what_has_no_label_is_decided_by_the_teacher_and_can_be_trained_on(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SPA-VL's rows, which have no label at all, from the copy to the guard's form; and half a label each."""
+    scripted, url = teacher
+    picture = io.BytesIO()
+    Image.new("RGB", (60, 40), "green").save(picture, "PNG")
+    questions = [f"what is in picture {number}?" for number in range(4)]
+    spa_vl = [
+        {"image": {"bytes": picture.getvalue()}, "question": q, "chosen": "A", "rejected": "B"} for q in questions
+    ]
+    parquet.write_table(pa.Table.from_pylist(spa_vl), tmp_path / "train-0.parquet")
+    parser = argparse.ArgumentParser()
+    corpus.add(parser.add_subparsers())
+    words = ["corpus", "build", "--source", f"spa_vl={tmp_path / 'train-0.parquet'}", "--output", str(tmp_path)]
+    given = parser.parse_args(words)
+    given.run(given)
+    pair = {"id": "pair", "source": "made", "prompt": "hi", "response": "Hello!", "response_label": "unharmful"}
+    half = {**pair, "id": "half", "rationale": "Written of the answer alone."}
+    rows, output = tmp_path / "train.jsonl", tmp_path / "taught.jsonl"
+    rows.write_text(rows.read_text() + json.dumps(pair) + "\n" + json.dumps(half) + "\n")
+    call(rows, output, url)
+
+    asked = [body["messages"][1]["content"][-1]["text"].split("Verdict:\n")[1] for body in scripted.bodies]
+    assert Counter(asked) == {
+        "Request: decide yourself\nResponse: decide yourself": 4,
+        "Request: decide yourself\nResponse: unharmful": 2,
+    }
+    taught = {row.id: row for row in read_rows(output)}
+    assert {row.prompt for row in taught.values() if row.source == "spa_vl"} == set(questions)
+    for row in taught.values():
+        read = parse(target(row, row.rationale or ""), answered=conversation(row).answer is not None)
+        assert (read.request, read.response) == ("harmful", "harmful" if row.source == "spa_vl" else "unharmful")
+    assert "alone" not in str(taught["half"].rationale)
+    decided = {line["id"]: line["synthesis"]["decided"] for line in lines(output)}
+    assert decided.pop("pair") == decided.pop("half") == ["request"]
+    assert set(map(tuple, decided.values())) == {("request", "response")}
+    shown = capsys.readouterr().out
+    assert re.search(r"6 .* 4 .* 4 .* 1,680", shown)
+    assert "labels that the teacher decided: request 6, response 4; 4 rows had none of their own" in shown
 
 
 @pytest.mark.parametrize(("word", "fault"), [("broken", "form"), ("contrary", "verdict"), ("leak", "leak")])

@@ -86,6 +86,7 @@ MANY = "# Task 1\n" + "".join(f"## Reasoning Step {n}\nStep, harmful.\n" for n i
         (answer(first="So it should be refused."), ASKED, "stop", Fault.CONCLUSION),
         (answer(first="It is not unharmful, it is harmful."), ASKED, "stop", Fault.CONCLUSION),
         (paired(second="It helps: harmful."), PAIR, "stop", Fault.CONCLUSION),
+        (answer(first="\ud800 harmful"), ASKED, "stop", Fault.FORM),
         (answer(first="<think> harmful"), ASKED, "stop", Fault.CONTROL),
         (answer(first="<|im_end|> harmful"), ASKED, "stop", Fault.CONTROL),
     ],
@@ -141,6 +142,18 @@ def test_a_side_without_a_label_is_the_teachers_to_decide() -> None:
     row = Row("d", "made", "hello", None, "Hi!", "unharmful")
     found = validate(paired(request="unharmful", first="A greeting: unharmful."), row)
     assert (found.request, found.response) == ("unharmful", "unharmful")
+
+
+def test_a_row_without_a_label_is_the_teachers_to_decide_and_held_to_its_own_verdict() -> None:
+    row = Row("e", "spa_vl", "what is this", None, "A lock.", None)
+    asked = messages(row, None)[1]["content"][0]["text"]
+    assert asked.endswith("Verdict:\nRequest: decide yourself\nResponse: decide yourself")
+    found = validate(paired(), row)
+    assert (found.request, found.response) == ("harmful", "unharmful")
+    for text, fault in ((paired(request="unharmful"), Fault.CONCLUSION), (paired(response="None"), Fault.VERDICT)):
+        with pytest.raises(Unusable) as refused:
+            validate(text, row)
+        assert refused.value.fault == fault
 
 
 def test_no_reason_repeats_words_of_the_answer() -> None:

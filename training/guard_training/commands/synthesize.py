@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from guard_training.synthesis.writing import Asking, Tally
 
 _ABOUT = """\
-Writes the reasoning of labelled rows with a teacher, any vision-language model behind OpenAI's chat completions. The
-labels are given to it, as in GuardReasoner-VL; a side that the source does not label is the teacher's to decide (and
+Writes the reasoning of rows with a teacher, any vision-language model behind OpenAI's chat completions. The labels are
+given to it, as in GuardReasoner-VL; what the source does not label, one side or both, is the teacher's to decide (and
 the row says so). An answer is kept where it is whole, has one to ten steps, concludes what the labels say and does
 not speak of them; else the row is asked again, --attempts times in all, and then reported. The cost is shown first.
 A stopped run goes on when the same command is given again. The key is read from the variable --key-from names.
@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arg = synthesize.add_argument
-    arg("--rows", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
+    arg("--rows", type=Path, required=True, metavar="FILE", help="rows, .jsonl or .jsonl.gz")
     arg("--output", type=Path, required=True, metavar="FILE", help="rows with rationales; images go beside it")
     arg("--teacher", required=True, metavar="MODEL", help="the teacher's name at its server")
     arg("--base-url", metavar="URL", help="of the server (default: OpenAI's)")
@@ -149,6 +149,13 @@ def _report(tally: Tally, price: Price, asking: Asking, output: Path, console: C
         markup=False,
         soft_wrap=True,
     )
+    if tally.decided:
+        sides = ", ".join(f"{side} {number}" for side, number in sorted(tally.decided.items()))
+        console.print(
+            f"labels that the teacher decided: {sides}; {tally.unlabelled} rows had none of their own",
+            markup=False,
+            soft_wrap=True,
+        )
     if tally.faults:
         reasons = ", ".join(f"{fault} {number}" for fault, number in tally.faults.most_common())
         console.print(f"answers refused: {reasons}", markup=False, soft_wrap=True)

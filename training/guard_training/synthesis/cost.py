@@ -30,10 +30,18 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
+    """``unlabelled``: rows of which the teacher decides every label."""
+
     rows: int = 0
+    unlabelled: int = 0
     images: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+def unlabelled(row: Row) -> bool:
+    """Whether a row has no label of what is there."""
+    return row.request is None and not (row.response and row.response_label)
 
 
 def prompt_tokens(row: Row, *, side: int, image_tokens: int | None) -> int:
@@ -54,6 +62,7 @@ def estimate(rows: Iterable[tuple[Row, int]], expected: int) -> Estimate:
     listed = list(rows)
     return Estimate(
         rows=len(listed),
+        unlabelled=sum(unlabelled(row) for row, _ in listed),
         images=sum(row.image is not None for row, _ in listed),
         prompt_tokens=sum(tokens for _, tokens in listed),
         completion_tokens=expected * len(listed),
@@ -63,10 +72,10 @@ def estimate(rows: Iterable[tuple[Row, int]], expected: int) -> Estimate:
 def table(found: Estimate, price: Price) -> Table:
     """The estimate as it is shown."""
     out = Table(title="What the teacher will cost, about")
-    for column in ("rows", "images", "prompt tokens", "completion tokens", "cost"):
+    for column in ("rows", "without a label", "images", "prompt tokens", "completion tokens", "cost"):
         out.add_column(column, justify="right")
     cost = price.of(found.prompt_tokens, found.completion_tokens)
-    numbers = found.rows, found.images, found.prompt_tokens, found.completion_tokens
+    numbers = found.rows, found.unlabelled, found.images, found.prompt_tokens, found.completion_tokens
     out.add_row(*(f"{number:,}" for number in numbers), "unknown" if cost is None else f"{cost:,.2f}")
     if cost is None:
         out.caption = "for the cost, give --price-prompt and --price-completion"

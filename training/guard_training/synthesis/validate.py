@@ -2,7 +2,7 @@
 
 Refuses, each by its name (``Fault``): an empty, cut-off or refused answer; another form; no step, or more than ten; a
 verdict that differs from the labels; a conclusion that differs from the verdict, or is missing; talk of a verdict that
-was given; tags and control tokens, which the guard's own output form needs for itself.
+was given; tags and control tokens, which the guard's own output form needs for itself; half of a surrogate pair.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import cast
 
 from guard_middleware.guard.parse import TAGS
 from guard_middleware.types import Label
-from guard_training.corpus.rows import Row
+from guard_training.corpus.rows import Row, encodable
 from guard_training.synthesis.prompt import MAX_STEPS
 
 
@@ -79,6 +79,8 @@ def validate(text: str | None, row: Row, *, finish: str | None = "stop") -> Rati
     if finish == "length":
         raise Unusable(Fault.CUT_OFF, "it was cut off; be shorter")
     text = _unfenced(cast(str, text))
+    if not encodable(text):
+        raise Unusable(Fault.FORM, "it held half of a surrogate pair")
     if any(tag in text for tag in TAGS) or _CONTROL.search(text):
         raise Unusable(Fault.CONTROL, "it held a tag or a control token, which stays out even as a quotation")
     found = _ANSWERS.search(text)

@@ -1,8 +1,11 @@
 """The run behind ``guard-train synthesize``: which rows need a rationale, asking for them, keeping what is accepted.
 
-Three files: the output (rows with rationales; those that had one are copied), ``<output>.invalid.jsonl`` (rows whose
-answers were all refused, with the reasons and no content) and the settings. Rows out of reach stand in neither, and
-the next run asks for them.
+Three files: the output (rows with rationales; those that had one and a label of the request are copied),
+``<output>.invalid.jsonl`` (rows whose answers were all refused, with the reasons and no content) and the settings.
+Rows out of reach stand in neither, and the next run asks for them.
+
+A label that a row lacks is the teacher's to decide: SPA-VL's both, BeaverTails' of the request. The guard's form has no
+``Request: None``, so a rationale beside an unlabelled request is written anew, with its verdict.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from guard_training.corpus.rows import CorpusError, Row, Skipped, row_to_json
 from guard_training.journal import Journal
 from guard_training.rowfile import bring_image
 from guard_training.synthesis.client import Client, OutOfReach, Refused, Teacher, TeacherError, connect
-from guard_training.synthesis.cost import prompt_tokens
+from guard_training.synthesis.cost import prompt_tokens, unlabelled
 from guard_training.synthesis.limits import Limiter
 from guard_training.synthesis.prompt import data_url, messages
 from guard_training.synthesis.validate import Unusable, validate
@@ -43,12 +46,14 @@ class Asking:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a run."""
+    """What came of a run. ``decided``: labels that the teacher gave, by side; ``unlabelled``: rows that had none."""
 
     written: int = 0
+    unlabelled: int = 0
     answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    decided: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     invalid: int = 0
     out_of_reach: int = 0
@@ -56,18 +61,22 @@ class Tally:
 
 
 def needed(rows: Sequence[Row], asking: Asking, skipped: Skipped) -> list[tuple[Row, int]]:
-    """Rows without a rationale, with the tokens that asking costs; what cannot be asked goes to ``skipped``."""
+    """Rows to ask for, with the tokens that asking costs; what cannot be asked goes to ``skipped``."""
     out = []
     for row in rows:
-        if row.rationale is not None:
+        if _finished(row):
             continue
         try:
-            if row.request is None and (row.response is None or row.response_label is None):
-                raise CorpusError("no label to explain")
+            if not (row.prompt or row.response or row.image):
+                raise CorpusError("nothing to judge: no prompt, response or image")
             out.append((row, prompt_tokens(row, side=asking.side, image_tokens=asking.image_tokens)))
         except CorpusError as error:
             skipped(f"{row.id}: {error}")
     return out
+
+
+def _finished(row: Row) -> bool:
+    return row.rationale is not None and row.request is not None
 
 
 def write(rows: Sequence[tuple[Row, int]], asking: Asking, limiter: Limiter, output: Path, progress: Progress) -> Tally:
@@ -91,10 +100,10 @@ def left_over(rows: Sequence[tuple[Row, int]], output: Path, *, again: bool) -> 
 
 
 def copy(rows: Sequence[Row], output: Path) -> None:
-    """Takes over the rows that have a rationale already."""
+    """Takes over the rows that need nothing."""
     with Journal(output) as journal:
         for row in rows:
-            if row.rationale is not None and row.id not in journal.done:
+            if _finished(row) and row.id not in journal.done:
                 journal.append(row_to_json(bring_image(row, output.parent), output.parent))
 
 
@@ -162,6 +171,8 @@ class _Run:
             line = row_to_json(bring_image(whole, self.folder), self.folder)
             self.journal.append({**line, "synthesis": {**made, "decided": decided}})
             tally.written += 1
+            tally.decided.update(decided)
+            tally.unlabelled += unlabelled(row)
             return
         self._invalid(row, why)
 
