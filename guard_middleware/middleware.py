@@ -182,12 +182,14 @@ class _Exchange:
         finally:
             for task in self._tasks:
                 task.cancel()
-            if self._tasks:
-                await asyncio.gather(*self._tasks, return_exceptions=True)
-            record = tx.record(() if self._first_byte is None else ((HOLD_BACK, self._held_for),))
-            self._runtime.audit.write(record, trace_id=self._span.trace_id)
-            self._span.finish(record)
-            self._runtime.caches.settled(record)
+            try:
+                if self._tasks:
+                    await asyncio.gather(*self._tasks, return_exceptions=True)
+            finally:  # a second cancellation, as anyio sends it on every turn of the loop, must not cost the record
+                record = tx.record(() if self._first_byte is None else ((HOLD_BACK, self._held_for),))
+                self._runtime.audit.write(record, trace_id=self._span.trace_id)
+                self._span.finish(record)
+                self._runtime.caches.settled(record)
         if self._after is not None:  # it lives as long as without us: the server waits for it, and may cancel it
             await self._after
 
@@ -220,16 +222,20 @@ class _Exchange:
 
     async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *given: Any) -> None:
         """Feeds whatever breaks in ``work`` to the transaction, and a defect to ``run``."""
+        task = asyncio.current_task()
+        assert task is not None
         try:
             try:
                 await work(*given)
             except UpstreamError as error:
                 self._do(self._tx.fail(error))
+        except asyncio.CancelledError:
+            if task.cancelling():
+                raise
+            self._outbox.put_nowait(RuntimeError("what the request waited for was cancelled"))
         except Exception as error:
             self._outbox.put_nowait(error)
         finally:
-            task = asyncio.current_task()
-            assert task is not None
             self._tasks.discard(task)
 
     async def _work(self, command: Ask | Forward) -> None:
@@ -444,7 +450,10 @@ class _Exchange:
                 broken = UpstreamError(UpstreamErrorKind.RESET, "the answer ended early")
         except UpstreamError as error:
             broken = broken or error
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # else the application awaited what somebody cancelled, which is its failure
             if broken is None:
                 logger.exception("request %s: the wrapped application failed", tx.id)
                 broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")

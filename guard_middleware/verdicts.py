@@ -194,11 +194,11 @@ class CachedGuard:
         past = Past() if revision is None else await self._past(content, revision)
         seen = view(request.conversation, past, self._bounds)
         outcome = await self._ask(replace(request, conversation=seen.conversation), end)
-        partial = seen.conversation is not request.conversation
-        if partial and isinstance(outcome, Verdict) and self._revision(outcome) != revision:
-            # What was left out was judged by other weights.
-            past, seen = Past(), View(request.conversation)
-            outcome = await self._ask(request, end)
+        if isinstance(outcome, Verdict) and self._revision(outcome) != revision:
+            past = Past()  # other weights judged it
+            if seen.conversation is not request.conversation:
+                seen = View(request.conversation)
+                outcome = await self._ask(request, end)
         if isinstance(outcome, GuardError):
             return outcome
         return self._keep(content, request, past, seen, outcome)

@@ -213,6 +213,25 @@ def test_what_other_weights_judged_is_judged_again_whole() -> None:
     run(work())
 
 
+def test_an_answer_is_unknown_to_weights_that_began_to_judge_while_the_next_turn_was_asked_about() -> None:
+    async def work() -> None:
+        bench = Bench()
+        talk = await bench.turn(Conversation((user("hello"),)), "It is a fine day. " * 40)
+        bench.inner.revision = "r2"  # and nobody told us
+        turn = replace(talk, messages=(*talk.messages, user("go on")))
+        seen = await bench.verdict(turn)  # short, so all of it is shown
+        said = model("B" * 900)
+        judged = await bench.verdict(replace(turn, answer=said), "output")
+        bench.cached.settled(record(turn, [said], [("input", None, seen), ("output", 0, judged)]))
+        await asyncio.sleep(0)
+        await bench.verdict(replace(turn, messages=(*turn.messages, said, user("and then?"))))
+        shown = text_of(bench.inner.asked[-1].conversation.messages)
+        assert shown.count("fine day") == 40
+        assert shown.count("B") < 900  # which the new weights have judged
+
+    run(work())
+
+
 @pytest.mark.parametrize("asked", [Judging(), Judging("hybrid", 0.1, 0.9)], ids=lambda judging: judging.mode)
 def test_what_was_judged_in_another_mode_is_judged_again_whole(asked: Judging) -> None:
     async def work() -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from PIL import Image, PngImagePlugin
@@ -287,6 +288,62 @@ def test_a_body_that_never_ends_is_a_408(host: Callable[..., Host]) -> None:
         return sent
 
     assert asyncio.run(run())[0]["status"] == 408
+
+
+@pytest.mark.parametrize("scope", [asyncio.timeout, anyio.move_on_after], ids=["asyncio", "anyio"])
+def test_a_host_that_cancels_a_request_finds_it_in_the_log(host: Callable[..., Host], scope: Any) -> None:
+    h = host()
+
+    async def run() -> None:
+        request, _ = asgi(h, json.dumps(chat("[wait 5] hello")["json"]).encode())
+        with contextlib.suppress(TimeoutError):
+            async with contextlib.AsyncExitStack() as stack:  # anyio cancels again on every turn of the loop
+                limit = scope(0.2)
+                stack.enter_context(limit) if scope is anyio.move_on_after else await stack.enter_async_context(limit)
+                await request
+        await h.runtime.aclose()
+
+    asyncio.run(run())
+    assert [(record["outcome"], record["error"]) for record in h.records()] == [("aborted", "cancelled")]
+
+
+async def cancelled_by_somebody() -> None:
+    """Awaits what is cancelled under its hands."""
+    other = asyncio.create_task(asyncio.sleep(5))
+    asyncio.get_running_loop().call_soon(other.cancel)
+    await other
+
+
+def test_an_application_whose_own_work_is_cancelled_is_a_502(tmp_path: Path) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        await cancelled_by_somebody()
+
+    h = Host(tmp_path)
+    h.app.app = broken
+    (response,) = h.send(chat())
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_reset")
+
+
+class CancelledGuard:
+    async def moderate(self, request: Any) -> Any:
+        await cancelled_by_somebody()
+
+
+def test_a_guard_whose_own_work_is_cancelled_is_a_503(host: Callable[..., Host]) -> None:
+    h = host(CancelledGuard())
+    (response,) = h.send(chat())
+    assert response.status_code == 503
+    assert (h.upstream.requests, len(h.records())) == (0, 1)
+
+
+def test_a_cancellation_out_of_nowhere_is_a_500_with_a_record(
+    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = host()
+    monkeypatch.setattr(h.runtime, "guard", lambda rules: CancelledGuard())
+    (response,) = h.send(chat())
+    assert response.status_code == 500
+    assert (h.upstream.requests, len(h.records())) == (0, 1)
 
 
 @pytest.mark.parametrize("where", ["before", "midway", "never_ends", "raises_late"])

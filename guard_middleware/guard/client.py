@@ -111,7 +111,7 @@ class GuardClient:
         response = await self._get("/ready")
         try:
             return None if response is None else (str(response.json()["model"]), str(response.json()["revision"]))
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return None
 
     async def alive(self) -> bool:
@@ -163,7 +163,7 @@ class GuardClient:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 connection = await self._handshake()
-        except (OSError, TimeoutError, WebSocketException) as error:
+        except (OSError, TimeoutError, WebSocketException, ValueError) as error:  # the last: where a redirect goes
             self._backoff = min(max(self._backoff * 2, _BACKOFF_MIN), _BACKOFF_MAX)
             self._retry_at = asyncio.get_running_loop().time() + self._backoff
             logger.warning("guard worker not reachable at %s: %s", self._address, type(error).__name__)

@@ -97,7 +97,9 @@ class WorkerProcess:
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     async def start(self) -> None:
-        """Starts the worker and its supervision; raises ``OSError`` where the command cannot be run at all."""
+        """Starts the worker and its supervision, once; raises ``OSError`` where the command cannot be run at all."""
+        if self._task is not None:
+            return
         await self._spawn()
         self._task = asyncio.create_task(self._supervise(), name="guard-supervisor")
 

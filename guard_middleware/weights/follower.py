@@ -111,7 +111,12 @@ class Follower:
                 await self._start()
 
     async def _start(self) -> None:
-        await asyncio.to_thread(self._held.enter_context, self._directory.following())
+        entering = asyncio.create_task(asyncio.to_thread(self._held.enter_context, self._directory.following()))
+        try:
+            await asyncio.shield(entering)
+        except asyncio.CancelledError:  # the thread goes on, and would hold the lock against this very process
+            entering.add_done_callback(self._give_back)
+            raise
         try:
             # mode 0700
             self._sockets = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="guard-")))
@@ -129,6 +134,10 @@ class Follower:
             raise
         self.switch.active = seat
         self._task = asyncio.create_task(self._follow(), name="guard-weights")
+
+    def _give_back(self, entering: asyncio.Task[None]) -> None:
+        if not entering.cancelled() and entering.exception() is None:
+            self._held.close()
 
     async def wait_ready(self) -> None:
         """Until the active weights can moderate; raises ``GuardError``."""

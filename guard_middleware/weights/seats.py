@@ -10,7 +10,6 @@ under way at a time, and what comes meanwhile is left out of the sample.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -182,8 +181,7 @@ class Switch:
     async def aclose(self) -> None:
         self.try_out(None)
         if self._copy is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._copy
+            await asyncio.gather(self._copy, return_exceptions=True)
 
     def _sample(self, request: ModerationRequest, verdict: Verdict) -> None:
         busy = self._copy is not None and not self._copy.done()

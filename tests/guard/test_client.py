@@ -401,6 +401,32 @@ def test_a_caller_that_goes_away_while_it_connects_is_cancelled(tmp_path):
     run(main())
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 302 Found\r\nlocation: https://[x/\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nlocation: ws://other:99999/\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 200000\r\n\r\n" + b"[" * 200_000,
+    ],
+    ids=["no URL", "no port", "deep JSON"],
+)
+def test_what_is_no_worker_is_unavailable_whatever_it_answers(answer):
+    async def serve_answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        with contextlib.suppress(OSError):
+            await writer.drain()
+        writer.close()
+
+    async def main():
+        server = await asyncio.start_server(serve_answer, "127.0.0.1", 0)
+        async with server, client_of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            assert (await client.moderate(question())).kind is GuardErrorKind.UNAVAILABLE
+            assert await client.identity() is None
+
+    run(main())
+
+
 def test_a_closed_client_answers_unavailable(tmp_path):
     async def main():
         path = tmp_path / "w.sock"

@@ -30,6 +30,24 @@ def test_workers_without_a_place_get_sockets_of_their_own_that_only_we_can_reach
     assert not folder.exists()
 
 
+def test_a_start_that_failed_does_not_start_the_same_worker_twice() -> None:
+    async def work() -> None:
+        workers = Workers({"first": Worker(), "second": Worker()})
+        first, second = workers.processes.values()
+        first._argv, second._argv = ["/bin/sleep", "30"], ["/nowhere/guard"]
+        pids = []
+        for _ in range(2):
+            with pytest.raises(OSError, match="nowhere"):
+                await workers.start()
+            pids.append(first.pid)
+        await workers.aclose()
+        assert pids[0] == pids[1]
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[0] or 0, 0)
+
+    asyncio.run(work())
+
+
 def test_workers_elsewhere_are_asked_and_not_started() -> None:
     workers = Workers(
         {

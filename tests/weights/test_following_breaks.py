@@ -323,3 +323,20 @@ def test_a_worker_that_is_being_retired_ends_though_what_waited_for_it_is_unstag
             await ended(old)
 
     run(main())
+
+
+def test_a_start_that_is_cancelled_while_another_gateway_ends_leaves_the_directory_free(tmp_path: Path) -> None:
+    async def main() -> None:
+        bench = Bench(tmp_path)
+        with bench.directory.following():
+            start = asyncio.create_task(bench.follower.start())
+            await asyncio.sleep(0.2)
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+        async with asyncio.timeout(10):  # the cancelled start gets the lock, and gives it back
+            while bench.directory.followed():
+                await asyncio.sleep(0.02)
+        await bench.follower.start()
+        await bench.follower.aclose()
+
+    run(main())
