@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from guard_training.corpus.rows import held_out
+from guard_training.update.lessons import HELD_BACK
+
 SCRIPT = Path("training/runs/reproduce.sh")
-STEPS = ["nano", "baseline", "evaluate", "reject", "augment", "grpo", "evaluate", "publish"]
+STEPS = [
+    *("nano", "baseline", "calibrate", "evaluate", "reject", "augment", "grpo", "calibrate", "evaluate", "evaluate"),
+    "publish",
+]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = [{"id": f"r{n}", "source": "made", "prompt": "x", "image": "a.png" if n == 3 else None} for n in range(40)]
+    rows = [{"id": f"r{n}", "source": "made", "prompt": "x", "image": "a.png" if n == 3 else None} for n in range(60)]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     for name in ("train", "train_benign_extra", "dev"):
         (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(text))
@@ -28,11 +34,14 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Writes its arguments down, a line each; fails where the file ``fail`` names its command."""
+    """Writes its arguments down, a line each; fails where the file ``fail`` names its command. Every evaluation finds
+    the means in the file ``means``, without one that RL lost."""
     script = tmp_path / "guard-train"
     script.write_text(
         f'#!/bin/sh\nfor a in "$@"; do printf "%s\\t" "$a"; done >> {tmp_path}/log; echo >> {tmp_path}/log\n'
-        f'grep -q "^$1$" {tmp_path}/fail 2>/dev/null && exit 1\nexit 0\n'
+        f'grep -q "^$1$" {tmp_path}/fail 2>/dev/null && exit 1\n'
+        f'means=$(cat {tmp_path}/means 2>/dev/null || echo \'{{"f1": {{"difference": -0.01}}}}\')\n'
+        f'[ "$1" = evaluate ] && echo "{{\\"against\\": {{\\"means\\": $means}}}}" > {tmp_path}/out/rl.json\nexit 0\n'
     )
     script.chmod(0o755)
     return script
@@ -72,23 +81,46 @@ def test_every_command_is_one_that_the_command_line_takes(
     assert [one[0] for one in given] == STEPS
     parsed = [parser().parse_args(one) for one in given]
     assert parsed[0].recipe.resolve() == Path(environment.get("RECIPE", "training/recipes/nano.yaml")).resolve()
-    assert parsed[2].limit == (5 if environment else None)
-    assert parsed[5].set == (["epochs=2", "seed=3"] if environment else [])
-    assert parsed[6].against == parsed[2].outcomes
-    assert parsed[7].results == [parsed[6].json]
+    assert parsed[3].limit == (5 if environment else None)
+    assert (parsed[4].keep, parsed[4].balance) == ("1..3", True)
+    assert parsed[6].set == (["epochs=2", "seed=3"] if environment else [])
+    assert parsed[8].against == parsed[3].outcomes
     for step in ("R-SFT", "RL", "revision", "all"):
         assert f"== {step}: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("means", "best"),
+    [
+        ({"f1": {"difference": 0.01}}, "rl"),
+        ({"f1": {"difference": 0.0}}, "rl"),
+        ({"f1": {"difference": -0.001}}, "nano"),
+        ({"recall": {"difference": 0.1}}, "nano"),
+    ],
+)
+def test_rl_is_published_where_its_mean_f1_is_not_worse(
+    tmp_path: Path, data: Path, stand_in: Path, means: dict[str, object], best: str
+) -> None:
+    (tmp_path / "means").write_text(json.dumps(means))
+    assert reproduce(tmp_path, data, stand_in).returncode == 0
+    *_, first, second, held_out, published = (parser().parse_args(one) for one in commands(tmp_path))
+    model = tmp_path / "out" / best / "model"
+    assert first.output.parent == tmp_path / "out/rl/model"  # calibrated before it is measured
+    assert held_out.data == tmp_path / "out/nano/held_out/held_out.jsonl"
+    assert (held_out.model, published.revision) == (str(model), model)
+    measured = second.json if best == "rl" else tmp_path / "out" / "nano.json"
+    assert published.results == [measured, held_out.json]
 
 
 def test_what_is_done_is_not_done_again_and_a_failure_stops(tmp_path: Path, data: Path, stand_in: Path) -> None:
     (tmp_path / "fail").write_text("augment\n")
     assert reproduce(tmp_path, data, stand_in).returncode == 1
-    assert [one[0] for one in commands(tmp_path)] == STEPS[:5]
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:6]
     (tmp_path / "fail").unlink()
     again = reproduce(tmp_path, data, stand_in)
     assert again.returncode == 0
     assert "== R-SFT: done before" in again.stdout
-    assert [one[0] for one in commands(tmp_path)] == STEPS[:5] + STEPS[4:]
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:6] + STEPS[5:]
 
 
 def test_a_folder_that_was_begun_with_other_values_is_refused(tmp_path: Path, data: Path, stand_in: Path) -> None:
@@ -105,9 +137,12 @@ def test_a_revision_that_is_there_is_checked_and_not_made_again(tmp_path: Path, 
 
 
 def test_rl_looks_at_every_nth_row_of_text(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    """The fourth row has an image; two more are held back from training."""
     reproduce(tmp_path, data, stand_in, RL_EVERY="10")
     kept = [json.loads(line)["id"] for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
-    assert kept == ["r0", "r11", "r21", "r31"]
+    trained = [f"r{n}" for n in range(60) if n != 3 and not held_out(f"r{n}", HELD_BACK)]
+    assert len(trained) == 57
+    assert kept == trained[::10]
     assert not (tmp_path / "out" / "candidates.jsonl.part").exists()
 
 
