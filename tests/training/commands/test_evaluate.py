@@ -96,6 +96,24 @@ def test_one_run_writes_figures_outcomes_and_report_and_names_bad_rows(
     assert SECRET not in printed
 
 
+def test_categories_are_left_out_and_the_figures_say_so(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"r{n}",
+            "source": "s",
+            "prompt": "p",
+            "prompt_label": "harmful",
+            "category": ("Advice", "Fraud", None)[n],
+        }
+        for n in range(3)
+    ]
+    data = lines(tmp_path / "rows.jsonl", rows)
+    said = lines(tmp_path / "said.jsonl", [{"id": f"r{n}", "request": "harmful"} for n in range(3)])
+    call("--data", data, "--predictions", f"a={said}", "--leave-out", "Advice", "--json", tmp_path / "a.json")
+    summary = json.loads((tmp_path / "a.json").read_text())
+    assert (summary["rows"], summary["data"]) == (2, "rows.jsonl without Advice")
+
+
 def test_other_guards_stand_in_the_same_table_and_against_ours(
     scripted: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +225,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
         (["--data", "{data}", "--model", "{folder}/nothing"], "give a folder, a hub id, or `nano`"),
         (["--benchmark", "Toxic=x.json", "--model", "nano"], "is no benchmark"),
         (["--data", "{data}", "--model", "nano", "--mode", "paper"], "leave --mode out"),
+        (["--data", "{data}", "--model", "nano", "--leave-out", "Fruad"], "no row is of the category Fruad"),
     ],
 )
 def test_a_wrong_input_is_refused_with_the_remedy(data: Path, tmp_path: Path, arguments: list[str], why: str) -> None:

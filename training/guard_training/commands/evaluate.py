@@ -32,6 +32,11 @@ tokens and seconds. A guard error counts as wrong. A killed run goes on from its
 Row: {"id", "source", "prompt", "prompt_label"} and optionally "response", "response_label", "image" (a path
 relative to the data file). Labels are "harmful", "unharmful" or null.
 
+FigStep on its seven harmful topics, as others report it: --leave-out takes categories of rows.
+
+  guard-train evaluate --data dev.jsonl.gz --model nano \\
+      --leave-out "Financial Advice" "Health Consultation" "Legal Opinion"
+
 The 14 benchmarks of GuardReasoner-VL, as its authors released them, beside the paper's figures:
 
   guard-train evaluate --benchmark data/benchmark --images yueliu1999/GuardReasoner-VLTest \\
@@ -83,6 +88,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     option("--mode", choices=("strict", "paper"), default="strict", help="how outputs are read and counted")
     option("--limit", type=int, metavar="N", help="at most N rows of each source, drawn from a fixed seed")
+    option("--leave-out", nargs="+", default=[], metavar="CATEGORY", help="no rows of these categories")
     option("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
     option("--json", type=Path, metavar="FILE", help="also write the figures here")
     option("--outcomes", type=Path, metavar="FILE", help="also write what was said about each row, without its text")
@@ -147,7 +153,10 @@ def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
         images = Path(given.images) if Path(given.images).is_dir() else fetch_images(given.images)
     for benchmark, file in wanted:
         rows += read_benchmark(benchmark, file, skipped, images=images)
-    rows = sample(usable(rows, skipped), given.limit)
+    unknown = sorted(set(given.leave_out) - {row.category for row in rows})
+    if unknown:
+        raise ValueError(f"--leave-out: no row is of the category {', '.join(unknown)}")
+    rows = sample(usable([row for row in rows if row.category not in given.leave_out], skipped), given.limit)
     if not rows:
         raise ValueError(f"no usable row; {skipped.summary()}")
     return rows
@@ -213,7 +222,8 @@ def _outcomes_of(path: Path) -> Path:
 
 
 def _named(given: argparse.Namespace) -> str:
-    return ", ".join([*([given.data.name] if given.data else []), *(one.rpartition("/")[2] for one in given.benchmark)])
+    files = [*([given.data.name] if given.data else []), *(one.rpartition("/")[2] for one in given.benchmark)]
+    return ", ".join(files) + (f" without {', '.join(given.leave_out)}" if given.leave_out else "")
 
 
 def _facts(given: argparse.Namespace, summary: dict[str, Any]) -> list[tuple[str, str]]:
