@@ -19,3 +19,12 @@ def test_a_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
         journal.append({"id": "c", "value": 3})
     with Journal(path) as journal:
         assert [line["value"] for line in journal] == [1, "ä", 3]
+
+
+def test_a_journal_takes_any_text(tmp_path: Path) -> None:
+    given = {"id": "half \ud800", "value": "\\ \u2028 \udcff\r\n\0"}
+    for _ in range(2):
+        with Journal(tmp_path / "journal.jsonl") as journal:
+            journal.append(given)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert (list(journal), journal.done) == ([given, given], {"half \ud800"})

@@ -26,7 +26,8 @@ class Journal:
 
     def append(self, value: Mapping[str, Any]) -> None:
         """Writes one object, at once."""
-        self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        # Half of a surrogate pair has no UTF-8, but as it is replaced here it reads back as JSON's escape of it.
+        self._file.write(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
         self.done.add(value["id"])
 

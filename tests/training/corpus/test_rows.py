@@ -13,6 +13,7 @@ from guard_training.corpus.rows import (
     Skipped,
     held_out,
     labelled,
+    open_text,
     passages,
     read_good_rows,
     read_rows,
@@ -88,6 +89,23 @@ def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
         )
         with pytest.raises(CorpusError, match=r"^a\.jsonl\.gz:"):
             read_rows(path)
+
+
+def test_a_byte_that_is_no_utf8_spoils_its_own_line_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('"ä"\n'.encode() + b'"\xff"\n"b"\n')
+    with open_text(path) as lines:
+        first, second, third = lines
+    assert (json.loads(first), json.loads(third)) == ("ä", "b")
+    with pytest.raises(ValueError, match="Invalid"):
+        json.loads(second)
+
+
+@pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9)[:-9], b"no gzip"])
+def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz: the file is broken"), open_text(tmp_path / "a.jsonl.gz") as f:
+        list(f)
 
 
 def test_about_the_wanted_share_is_held_out_and_always_the_same() -> None:

@@ -17,11 +17,14 @@ import json
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from guard_middleware.types import Label
+
+_BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class CorpusError(ValueError):
@@ -69,11 +72,18 @@ def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
     return list(_rows(path, skipped))
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file, or a gzipped one."""
-    return cast(
-        TextIO, gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    )
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A file of JSON lines, or a gzipped one. Raises ``CorpusError`` where it breaks off.
+
+    A byte that is no UTF-8 becomes ``\\xff``, which is no JSON either: it spoils its own line and no other.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="backslashreplace") as lines:
+            yield cast(TextIO, lines)
+    except _BROKEN as error:
+        raise CorpusError(f"{path}: the file is broken or cut off ({type(error).__name__})") from None
 
 
 def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
@@ -121,8 +131,8 @@ def _rows(path: Path, bad: Callable[[str], object]) -> Iterator[Row]:
                     try:
                         yield _row(line, path.parent)
                     except (ValueError, RecursionError) as error:
-                        bad(f"{path.name}:{number}: not a labelled row ({error}); see the data README")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                        bad(f"{path.name}:{number}: not a labelled row ({error}); docs/training.md shows one")
+    except _BROKEN as error:
         bad(f"{path.name}:{number + 1}: the file is broken or cut off from here on ({type(error).__name__})")
 
 
