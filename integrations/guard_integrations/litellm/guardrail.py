@@ -11,9 +11,7 @@ before anything of the answer is released.
 from __future__ import annotations
 
 import contextvars
-import hashlib
 import logging
-import re
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -27,7 +25,7 @@ from litellm.types.guardrails import GuardrailEventHooks
 from guard_integrations.litellm import mcp, passthrough, report, selftest, settings, wire
 from guard_integrations.litellm.refusal import as_http, failed, not_served, refused
 from guard_integrations.litellm.streams import Stream, StreamFailed
-from guard_integrations.litellm.turn import Caller, Refused, Turn
+from guard_integrations.litellm.turn import Refused, Turn, caller_of
 from guard_middleware.errors import UpstreamError
 
 logger = logging.getLogger(__name__)
@@ -52,8 +50,6 @@ _HOOKS = [
 #: the turn of the request that this task serves; ``UNREAD`` where the operator lets it pass
 _current: contextvars.ContextVar[Turn | str | None] = contextvars.ContextVar("guard_litellm_turn", default=None)
 _UNREAD = "unread"
-#: a virtual key as LiteLLM keeps it
-_HASHED = re.compile(r"[0-9a-f]{64}")
 
 
 class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
@@ -95,7 +91,7 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
         self.asked += 1
         kind = str(getattr(call_type, "value", call_type))
         if kind == "call_mcp_tool":
-            await mcp.judge_call(self, data, caller_of(user_api_key_dict, data))
+            await mcp.judge_call(self, data, user_api_key_dict)
             return data
         route = self.route_of(kind, user_api_key_dict, data)
         if route is None:
@@ -257,23 +253,3 @@ class GuardMiddlewareGuardrail(CustomGuardrail):  # type: ignore[misc]
 
 def _of_proxy(turn: Turn | str | None) -> bool:
     return turn == _UNREAD or (isinstance(turn, Turn) and not turn.deployed)
-
-
-def caller_of(user_api_key_dict: Any, data: Mapping[str, Any]) -> Caller:
-    """Who asks, as LiteLLM authenticated it: ``key:``, ``team:`` and ``model:`` names, the most specific first."""
-
-    def of(name: str) -> str | None:
-        value = getattr(user_api_key_dict, name, None)
-        return value if isinstance(value, str) and value else None
-
-    key = of("api_key") or ""
-    hashed = key if _HASHED.fullmatch(key) else hashlib.sha256(key.encode()).hexdigest() if key else ""
-    named = [
-        ("key", of("key_alias")),
-        ("key", hashed),
-        ("team", of("team_alias")),
-        ("team", of("team_id")),
-        ("model", data.get("model") if isinstance(data.get("model"), str) else None),
-    ]
-    names = tuple(f"{kind}:{value}" for kind, value in named if value)
-    return Caller(hashed, names, getattr(user_api_key_dict, "parent_otel_span", None))

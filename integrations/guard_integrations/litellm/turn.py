@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,9 @@ from guard_middleware.types import Record
 
 JSON: Headers = ((b"content-type", b"application/json"),)
 EVENTS: Headers = ((b"content-type", b"text/event-stream"),)
+
+#: a virtual key as LiteLLM keeps it
+_HASHED = re.compile(r"[0-9a-f]{64}")
 
 _records: contextvars.ContextVar[list[Record] | None] = contextvars.ContextVar("guard_litellm_records", default=None)
 _closing: set[asyncio.Task[None]] = set()
@@ -64,6 +69,26 @@ class Caller:
         """The first name that a rule of the configuration is about, else the first of all."""
         rules = {rule.tenant for rule in runtime.config.tenants.match}
         return next((name for name in self.names if name in rules), next(iter(self.names), None))
+
+
+def caller_of(user_api_key_dict: Any, data: Mapping[str, Any]) -> Caller:
+    """Who asks, as LiteLLM authenticated it: ``key:``, ``team:`` and ``model:`` names, the most specific first."""
+
+    def of(name: str) -> str | None:
+        value = getattr(user_api_key_dict, name, None)
+        return value if isinstance(value, str) and value else None
+
+    key = of("api_key") or ""
+    hashed = key if _HASHED.fullmatch(key) else hashlib.sha256(key.encode()).hexdigest() if key else ""
+    named = [
+        ("key", of("key_alias")),
+        ("key", hashed),
+        ("team", of("team_alias")),
+        ("team", of("team_id")),
+        ("model", data.get("model") if isinstance(data.get("model"), str) else None),
+    ]
+    names = tuple(f"{kind}:{value}" for kind, value in named if value)
+    return Caller(hashed, names, getattr(user_api_key_dict, "parent_otel_span", None))
 
 
 class Turn:

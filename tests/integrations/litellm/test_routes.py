@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
+import re
 from typing import Any
 
+import httpx
 import pytest
 import websockets.exceptions
+from PIL import Image
 from websockets.sync.client import connect
 
-from tests.integrations.litellm.bodies import ENDPOINTS, NICE
+from tests.integrations.litellm.bodies import ENDPOINTS, NICE, picture
+from tests.integrations.litellm.catalogue import tries
 from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import GOOD, HARM, KEY, LEAK
+from tests.support.gateway import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -22,6 +29,7 @@ PASSED = {
 }
 
 
+@tries("A4")
 @streamed
 @pytest.mark.parametrize("path", PASSED)
 def test_a_pass_through_route_of_a_known_api_is_judged_on_both_sides(scene: Stage, path: str, stream: bool) -> None:
@@ -41,6 +49,7 @@ def test_a_pass_through_route_of_a_known_api_is_judged_on_both_sides(scene: Stag
     assert "blocked by the content policy" in text
 
 
+@tries("G11")
 def test_the_words_of_a_failing_upstream_stay_there(scene: Stage) -> None:
     for path, model in (("/pass/v1/chat/completions", "secretword.x"), ("/v1/chat/completions", "chat/secretword.x")):
         response = scene.proxy.post(path, {"model": model, **ENDPOINTS["chat"].text(NICE)})
@@ -85,6 +94,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@tries("A3")
 @pytest.mark.parametrize("path", OTHERS)
 def test_harm_reaches_no_upstream_by_any_other_route(scene: Stage, path: str) -> None:
     before = len(scene.upstream.bodies)
@@ -107,6 +117,7 @@ def test_a_call_type_that_the_operator_names_passes_unread(scene: Stage) -> None
     assert len(scene.upstream.of("good.embedded")) == 1
 
 
+@tries("A6", "A7")
 @pytest.mark.parametrize("path", ["/v1/responses/resp_1", "/v1/files", "/v1/batches"])
 def test_stored_answers_cannot_be_read(scene: Stage, path: str) -> None:
     before = len(scene.upstream.bodies)
@@ -115,6 +126,7 @@ def test_stored_answers_cannot_be_read(scene: Stage, path: str) -> None:
     assert len(scene.upstream.bodies) == before
 
 
+@tries("A5")
 def test_websockets_reach_no_model(scene: Stage) -> None:
     before = len(scene.upstream.bodies)
     url = scene.proxy.url.replace("http", "ws") + "/v1/realtime?model=chat/good"
@@ -130,11 +142,12 @@ def test_websockets_reach_no_model(scene: Stage) -> None:
     assert len(scene.upstream.bodies) == before
 
 
-def _tool(scene: Stage, name: str, arguments: dict[str, Any]) -> Any:
+def _tool(scene: Stage, name: str, arguments: dict[str, Any], key: str = KEY) -> httpx.Response:
     listed = scene.proxy.get("/mcp-rest/tools/list").json()
     (tool,) = [tool for tool in listed["tools"] if tool["name"].endswith(name)]
     server = tool["mcp_info"]["server_id"] if "server_id" in tool["mcp_info"] else tool["mcp_info"]["server_name"]
-    return scene.proxy.post("/mcp-rest/tools/call", {"server_id": server, "name": tool["name"], "arguments": arguments})
+    asked = {"server_id": server, "name": tool["name"], "arguments": arguments}
+    return scene.proxy.post("/mcp-rest/tools/call", asked, key=key)
 
 
 def test_an_mcp_tool_is_called_and_its_result_comes_back(scene: Stage) -> None:
@@ -152,3 +165,46 @@ def test_harm_in_an_mcp_result_never_reaches_the_client(scene: Stage) -> None:
     response = _tool(scene, "advise", {})
     assert LEAK not in response.text
     assert response.status_code == 400, response.text
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("red picture", 400),
+        ("green picture", 200),
+        ("sound", 400),
+        ("bytes", 400),
+        ("harmful file", 400),
+        ("harmless file", 200),
+        ("harmful link", 400),
+        ("harm beside a text", 400),
+    ],
+)
+def test_all_that_an_mcp_result_shows_is_judged_or_refused(scene: Stage, name: str, status: int) -> None:
+    response = _tool(scene, "show", {"name": name})
+    assert response.status_code == status, response.text
+    if status == 200:
+        (item,) = response.json()["content"]
+        assert item.get("data", "") == (picture("green") if "picture" in name else "")
+    else:
+        assert not re.search(r"wire|UklGRg|iVBOR", response.text)
+
+
+def test_the_picture_of_an_mcp_result_is_the_one_that_was_judged(scene: Stage) -> None:
+    """Judged is what a model sees of it: without its alpha channel."""
+    (item,) = _tool(scene, "show", {"name": "picture with alpha"}).json()["content"]
+    assert Image.open(io.BytesIO(base64.b64decode(item["data"]))).mode == "RGB"
+
+
+@pytest.mark.parametrize("key", ["sk-key-annotate", "sk-team-annotate"])
+def test_key_and_team_select_the_policy_of_mcp_calls_and_results(scene: Stage, key: str) -> None:
+    tenant = key[3:].replace("-", ":", 1)
+
+    def judged() -> int:
+        return len([decision for decision in scene.decisions() if decision["tenant"] == tenant])
+
+    before = judged()
+    for name, arguments in (("advise", {}), ("say", {"text": HARM})):
+        response = _tool(scene, name, arguments, key)
+        assert response.status_code == 200, response.text
+    eventually(lambda: judged() >= before + 4), judged()
