@@ -78,7 +78,7 @@ def scene(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         "worker": {"socket": str(socket), "manage": False},
         "audit": {"path": str(folder / "decisions.jsonl")},
         "cache": {"verdicts": {"entries": 0}},
-        "limits": {"images": 4},
+        "limits": {"images": 4, "answer_bytes": "1MB"},
         "policies": POLICIES,
         "tenants": {"header": "x-tenant", "match": MATCH},
     }

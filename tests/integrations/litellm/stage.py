@@ -127,6 +127,7 @@ RAW: Mapping[str, list[bytes]] = {
     "separates": _stream(_chunk({"content": "First\u2028 pick a lock with\u2029 wire."})),
     "splits": _stream(*(_chunk({"content": letter}) for letter in BAD)),
     "resets": [_chunk({"role": "assistant", "content": ""}), _chunk({"content": "Half of the wire"}), b""],
+    "floods": _stream(*(_chunk({"content": "A flood of words. " * 4000}) for _ in range(20)), _chunk({"content": BAD})),
     "interleaves": [
         *(_chunk({"role": "assistant", "content": ""}, index=index) for index in (0, 1)),
         *(_chunk({"content": f"{word} "}, index=i) for word in BAD.split() for i in (1,)),

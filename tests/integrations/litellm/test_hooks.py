@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 from tests.integrations.litellm.bodies import ENDPOINTS, NICE
+from tests.integrations.litellm.catalogue import tries
 from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import HARM, KEY, LEAK
 from tests.support.gateway import eventually
@@ -162,8 +164,9 @@ def test_the_openai_sdk_raises_its_own_error_for_a_refusal(scene: Stage) -> None
 # -- faults --
 
 
+@tries("E10")
 def test_without_a_worker_requests_fail_closed_and_recover(scene: Stage) -> None:
-    """Killed and started again, before a request, and in the middle of one's answer."""
+    """Killed before a request, and started again."""
     before = len(scene.upstream.bodies)
     with scene.without_worker():
         for name, stream in (("chat", False), ("chat", True), ("messages", False), ("responses", True)):
@@ -181,6 +184,50 @@ def test_without_a_worker_requests_fail_closed_and_recover(scene: Stage) -> None
         scene.proxy.post(CHAT.path, {"model": f"chat/{model}", **CHAT.text(NICE)})
         entry = _record(scene, model)["guardrail_information"][-1]
         assert entry["guardrail_status"] == "guardrail_failed_to_respond"
+
+
+@pytest.mark.parametrize("policy", ["hold", "window"])
+@pytest.mark.parametrize("name", ["chat", "messages", "responses over an Anthropic upstream"])
+def test_a_worker_that_dies_under_a_stream_ends_it_with_an_error(scene: Stage, name: str, policy: str) -> None:
+    """What was judged before may be out, nothing after it; the upstream goes on meanwhile and ends well."""
+    api = ENDPOINTS[name]
+    model = f"long.{policy}"
+    before = len(scene.upstream.of(model))
+    body = {"model": f"{api.shape}/{model}", **api.text(NICE), "stream": True}
+    headers = {"authorization": f"Bearer {KEY}"}
+    shown: list[str] = []
+
+    def ask() -> int:
+        url = f"{scene.proxy.url}{api.path}"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=60, trust_env=False) as response:
+            for piece in response.iter_text():
+                shown.append(piece)
+            return response.status_code
+
+    with ThreadPoolExecutor(1) as asking:
+        status = asking.submit(ask)
+        if policy == "window":
+            eventually(lambda: "harmless" in "".join(shown))
+        else:
+            eventually(lambda: len(scene.upstream.of(model)) > before)
+        with scene.without_worker():
+            ended = status.result(60)
+    text = "".join(shown)
+    assert LEAK not in text, text
+    assert ("harmless" in text) is (policy == "window"), text
+    assert ended in ((200,) if policy == "window" else (200, 503))
+    assert "could not be moderated" in text
+    decision = eventually(lambda: [d for d in scene.decisions() if d["model"] == f"{api.shape}/{model}"])[-1]
+    assert decision["decisions"][-1]["basis"] == "error"
+
+
+def test_the_openai_sdk_raises_in_a_stream_whose_worker_dies(scene: Stage) -> None:
+    client = openai.OpenAI(api_key=KEY, base_url=f"{scene.proxy.url}/v1", max_retries=0)
+    said = [{"role": "user", "content": NICE}]
+    with client, client.chat.completions.create(model="chat/long.window", messages=said, stream=True) as stream:  # type: ignore[call-overload]
+        next(stream)
+        with scene.without_worker(), pytest.raises(openai.APIError):
+            list(stream)
 
 
 def test_an_operator_may_fail_open_and_the_record_says_so(scene: Stage) -> None:

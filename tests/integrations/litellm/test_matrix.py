@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.integrations.litellm.bodies import ENDPOINTS, HARMFUL, NICE, picture
+from tests.integrations.litellm.catalogue import tries
 from tests.integrations.litellm.conftest import Stage
 from tests.integrations.litellm.stage import GOOD, LEAK
 
@@ -26,6 +27,7 @@ def test_harm_in_a_request_never_reaches_the_upstream(scene: Stage, name: str, s
     assert response.headers["x-guard-action"] in ("block", "reject")
 
 
+@tries("G1", "G2")
 @endpoints
 @streamed
 def test_harm_in_an_answer_never_reaches_the_client(scene: Stage, name: str, stream: bool) -> None:
