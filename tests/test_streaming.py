@@ -91,7 +91,16 @@ def test_text_leaves_while_the_upstream_still_speaks_except_in_hold(tmp_path: Pa
 
 @pytest.mark.parametrize(("stream", "shown"), [(HOLD, 0), (WINDOW, 8 * 20 + 9), (ASYNC, 8 * 20 + 16 + 16)])
 def test_a_harmful_answer_is_cut_where_it_becomes_harmful(tmp_path: Path, stream: str, shown: int) -> None:
-    upstream = Speaker(HARM, pause=0.002)
+    async def pieces(_: Any) -> AsyncIterator[bytes]:
+        yield opening()
+        for word in HARM:
+            await asyncio.sleep(0.002)
+            yield says(word)[0]
+        if stream != HOLD:
+            await asyncio.Event().wait()  # until it is broken off
+        yield ENDING
+
+    upstream = Speaker(pieces)
     client = Client(chat())
     host = Host(tmp_path, upstream, stream, RuleGuard({"output": 0.005}))
     host.run(client)
