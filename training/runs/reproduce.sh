@@ -144,4 +144,4 @@ step "measuring drawn text" \
 
 step "revision" revision
 
-echo "== all: $((SECONDS - begun)) s; $OUT/report.html, $OUT/revision (of OUT/$best)"
+echo "== all: $((SECONDS - begun)) s; $OUT/report.html, $OUT/revision (of $OUT/$best)"
