@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,16 @@ from guard_middleware import strictyaml
 from guard_middleware.errors import REJECT_STATUS, RejectKind
 
 CHAT = "/v1/chat/completions"
+#: how a case runs; ``whole`` is no stream
+Mode = Literal["whole", "hold", "window", "async"]
+#: what an ``async`` stream may show before its verdict
+LEAK_BOUND = 16
+#: rules of streams; windows so short that most answers have several, and an overlap that holds the marker
+STREAMS: dict[str, dict[str, Any]] = {
+    "hold": {"mode": "hold"},
+    "window": {"mode": "window", "first_window": 24, "last_window": 24, "growth": 1, "overlap": 12},
+    "async": {"mode": "async", "leak_bound": LEAK_BOUND, "first_window": 24, "last_window": 24, "overlap": 12},
+}
 BENIGN, GOOD, BAD = "how do I bake bread?", "Bread needs an hour.", "First, pick a lock with two bits of wire."
 
 
@@ -98,8 +109,8 @@ class Upstream(_Strict):
     headers: dict[str, str] = {}
     #: the connection breaks: before the head, or within the body
     cut: Literal["head", "body"] | None = None
-    #: bytes per piece of the body
-    chunk: int = 1 << 20
+    #: bytes per piece of the body; without it, a stream comes event by event
+    chunk: int | None = None
 
     @property
     def only_streams(self) -> bool:
@@ -113,6 +124,12 @@ class Upstream(_Strict):
         """(content type, body)."""
         kind = "text/event-stream" if stream else "application/json"
         return self.type or kind, self._stream(choices) if stream else self._whole(choices)
+
+    def cut_up(self, answer: bytes) -> list[bytes]:
+        """The pieces in which ``answer`` arrives."""
+        if self.chunk is None:
+            return re.split(rb"(?<=\n\n)(?=.)", answer)
+        return [answer[start : start + self.chunk] for start in range(0, len(answer), self.chunk)]
 
     def _messages(self, choices: int) -> list[dict[str, Any]]:
         if self.message is not None:
@@ -248,12 +265,16 @@ class Case(_Strict):
     title: str = Field(min_length=1)
     #: where the attack is known from, beyond the catalogue
     source: str | None = None
+    #: what the same gateway served before: cases without an id and a title
+    earlier: tuple[dict[str, Any], ...] = ()
     request: Request = Request()
     upstream: Upstream = Upstream()
     guard: GuardScript | None = None
     config: dict[str, Any] = {}
     expect: Expect
     stream: Literal["both", "only", "never"] = "both"
+    #: modes of streams in which it runs
+    modes: tuple[Literal["hold", "window", "async"], ...] = Field(default=("hold", "window", "async"), min_length=1)
     through: Literal["middleware", "proxy", "both"] = "middleware"
 
     @field_validator("expect", mode="before")
@@ -281,15 +302,45 @@ class Case(_Strict):
         return (True,) if self.upstream.only_streams or self.stream == "only" else (False, True)
 
     @property
+    def runs(self) -> tuple[Mode, ...]:
+        """How it runs: whole, and streamed in each of its modes."""
+        whole: tuple[Mode, ...] = ("whole",) if False in self.streams else ()
+        return (*whole, *(self.modes if True in self.streams else ()))
+
+    def settings(self, mode: Mode) -> dict[str, Any]:
+        """The configuration under which it runs."""
+        if mode == "whole":
+            return self.config
+        policies = dict(self.config.get("policies", {}))
+        if "default_policy" not in self.config:
+            policies.setdefault("default", {})
+        for name, policy in policies.items():
+            output = policy.get("output", {})
+            if output.get("moderate", True):
+                policies[name] = {**policy, "output": {**output, "stream": STREAMS[mode]}}
+        return {"default_policy": "default", **self.config, "policies": policies}
+
+    @property
+    def exchanges(self) -> list[Case]:
+        """The earlier ones, and then its own."""
+        named = {"id": self.id, "title": self.title}
+        return [*(type(self).model_validate({**named, **told}) for told in self.earlier), self]
+
+    @property
+    def ways(self) -> tuple[Literal["middleware", "proxy"], ...]:
+        """What it runs through."""
+        return ("middleware", "proxy") if self.through == "both" else (self.through,)
+
+    @property
     def negative(self) -> bool:
         """Whether this must pass: what a guard that refuses everything would fail."""
         return self.expect.status == 200 and self.expect.outcome in ("allowed", "annotated")
 
 
-def load(path: Path) -> list[Case]:
-    found = [
-        Case.model_validate(_plain(item)) for item in strictyaml.parse(path.read_text("utf-8"), path=path.name).value
-    ]
+def load(path: Path, kind: type[Case] = Case) -> list[Case]:
+    """The cases of one file, which is named after their class."""
+    told = strictyaml.parse(path.read_text("utf-8"), path=path.name).value
+    found = [kind.model_validate(_plain(item)) for item in told]
     wrong = [case.id for case in found if case.id[0] != path.stem]
     assert not wrong, f"{path.name} holds cases of another class: {wrong}"
     return found

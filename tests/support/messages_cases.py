@@ -10,16 +10,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from guard_middleware import strictyaml
 from tests.support import cases
 
 MESSAGES = "/v1/messages"
-Mode = Literal["whole", "hold", "window", "async"]
 
 
 class Request(cases.Request):
@@ -98,40 +93,9 @@ class Upstream(cases.Upstream):
         return [text[start : start + self.pieces] for start in range(0, len(text), self.pieces)]
 
 
-class Case(cases.Case):
+class MessagesCase(cases.Case):
     request: Request = Request()
     upstream: Upstream = Upstream()
-    #: modes of streams in which the case runs
-    modes: tuple[Literal["hold", "window", "async"], ...] = Field(default=("hold", "window", "async"), min_length=1)
-
-    @property
-    def runs(self) -> tuple[Mode, ...]:
-        """How it runs: ``whole`` is no stream. What is withheld or broken in ``async`` is another case's matter."""
-        modes = [mode for mode in self.modes if mode != "async" or self.negative or self.expect.reached == 0]
-        whole: list[Mode] = ["whole"] if False in self.streams else []
-        return (*whole, *(modes if True in self.streams else []))
-
-    def settings(self, mode: Mode) -> dict[str, Any]:
-        """The configuration under which it runs."""
-        if mode == "whole":
-            return self.config
-        stream = {"mode": mode, **({"leak_bound": 1000} if mode == "async" else {})}
-        policies = self.config.get("policies") or {"p": {}}
-        streamed = {
-            name: {**policy, "output": {**policy.get("output", {}), "stream": stream}}
-            for name, policy in policies.items()
-        }
-        return {"default_policy": next(iter(streamed)), **self.config, "policies": streamed}
-
-
-def load(path: Path) -> list[Case]:
-    found = [
-        Case.model_validate(cases._plain(item))
-        for item in strictyaml.parse(path.read_text("utf-8"), path=path.name).value
-    ]
-    wrong = [case.id for case in found if case.id[0] != path.stem]
-    assert not wrong, f"{path.name} holds cases of another class: {wrong}"
-    return found
 
 
 def build(value: Any) -> Any:

@@ -8,11 +8,9 @@ streamed as OpenAI streams them. A Completions upstream answers one text of ``sa
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from guard_middleware import strictyaml
-from tests.support import cases, messages_cases
+from tests.support import cases
 from tests.support.responses import encoded, streamed
 
 
@@ -87,23 +85,14 @@ class CompletionsUpstream(cases.Upstream):
         return [{**self._head(), "choices": [choice], **cases.build(self.top)} for choice in told]
 
 
-class ResponsesCase(messages_cases.Case):
-    request: ResponsesRequest = ResponsesRequest()  # type: ignore[assignment]
-    upstream: ResponsesUpstream = ResponsesUpstream()  # type: ignore[assignment]
+class ResponsesCase(cases.Case):
+    request: ResponsesRequest = ResponsesRequest()
+    upstream: ResponsesUpstream = ResponsesUpstream()
 
 
-class CompletionsCase(messages_cases.Case):
-    request: CompletionsRequest = CompletionsRequest()  # type: ignore[assignment]
-    upstream: CompletionsUpstream = CompletionsUpstream()  # type: ignore[assignment]
+class CompletionsCase(cases.Case):
+    request: CompletionsRequest = CompletionsRequest()
+    upstream: CompletionsUpstream = CompletionsUpstream()
 
 
-KINDS: dict[str, type[messages_cases.Case]] = {"responses": ResponsesCase, "completions": CompletionsCase}
-
-
-def load(path: Path) -> list[messages_cases.Case]:
-    """The cases of ``<dialect>/<class>.yaml``."""
-    told = strictyaml.parse(path.read_text("utf-8"), path=path.name).value
-    found = [KINDS[path.parent.name].model_validate(cases._plain(item)) for item in told]
-    wrong = [case.id for case in found if case.id[0] != path.stem]
-    assert not wrong, f"{path.name} holds cases of another class: {wrong}"
-    return found
+KINDS: dict[str, type[cases.Case]] = {"responses": ResponsesCase, "completions": CompletionsCase}
