@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,7 +23,8 @@ from guard_middleware.errors import REJECT_STATUS, RejectKind
 
 CHAT = "/v1/chat/completions"
 #: how a case runs; ``whole`` is no stream
-Mode = Literal["whole", "hold", "window", "async"]
+Mode: TypeAlias = Literal["whole", "hold", "window", "async"]
+StreamMode: TypeAlias = Literal["hold", "window", "async"]
 #: what an ``async`` stream may show before its verdict
 LEAK_BOUND = 16
 #: rules of streams; windows so short that most answers have several, and an overlap that holds the marker
@@ -273,8 +274,8 @@ class Case(_Strict):
     config: dict[str, Any] = {}
     expect: Expect
     stream: Literal["both", "only", "never"] = "both"
-    #: modes of streams in which it runs
-    modes: tuple[Literal["hold", "window", "async"], ...] = Field(default=("hold", "window", "async"), min_length=1)
+    #: modes of streams in which it runs; without it all, or ``hold`` for a class that streams do not concern
+    modes: tuple[StreamMode, ...] | None = Field(default=None, min_length=1)
     through: Literal["middleware", "proxy", "both"] = "middleware"
 
     @field_validator("expect", mode="before")
@@ -305,7 +306,8 @@ class Case(_Strict):
     def runs(self) -> tuple[Mode, ...]:
         """How it runs: whole, and streamed in each of its modes."""
         whole: tuple[Mode, ...] = ("whole",) if False in self.streams else ()
-        return (*whole, *(self.modes if True in self.streams else ()))
+        modes = self.modes or (("hold",) if self.id[0] in "BDFH" else ("hold", "window", "async"))
+        return (*whole, *(modes if True in self.streams else ()))
 
     def settings(self, mode: Mode) -> dict[str, Any]:
         """The configuration under which it runs."""
