@@ -12,7 +12,8 @@ import pytest
 
 from tests.support import cases, catalogue_cases
 from tests.support.cases import Case, Mode
-from tests.support.running_cases import Dialect, Seen, check, leaves
+from tests.support.replayed_cases import Seen
+from tests.support.running_cases import Dialect, check, leaves
 
 FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 CASES = [case for path in FILES for case in cases.load(path)]

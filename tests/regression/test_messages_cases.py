@@ -14,7 +14,8 @@ from guard_middleware.sse import Decoder
 from tests.support import cases, catalogue_cases
 from tests.support.cases import Case, Mode
 from tests.support.messages_cases import MessagesCase
-from tests.support.running_cases import Dialect, Seen, check, leaves, unread
+from tests.support.replayed_cases import Seen
+from tests.support.running_cases import Dialect, check, leaves, unread
 
 FILES = sorted((Path(__file__).parent / "messages").glob("*.yaml"))
 CASES = [case for path in FILES for case in cases.load(path, MessagesCase)]

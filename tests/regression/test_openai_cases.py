@@ -13,7 +13,8 @@ from guard_middleware.sse import Decoder
 from tests.regression.test_cases import code, images
 from tests.support import cases, catalogue_cases, openai_cases
 from tests.support.cases import Case, Mode
-from tests.support.running_cases import Dialect, Seen, check
+from tests.support.replayed_cases import Seen
+from tests.support.running_cases import Dialect, check
 
 HERE = Path(__file__).parent
 CASES = {
