@@ -115,6 +115,7 @@ def scene(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
         )
         proxy.environment = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint,
+            "LITELLM_ENABLE_MCP_STDIO": "true",  # LiteLLM 1.106 and later start no such server without it
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_TRACES_EXPORTER": "otlp",
             "OTEL_METRICS_EXPORTER": "none",

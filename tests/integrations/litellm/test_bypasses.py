@@ -257,14 +257,11 @@ def test_nothing_harmful_leaves_a_stream(scene: Stage, case: str, policy: str) -
 
 
 @tries("G14")
-@pytest.mark.parametrize("name", ["chat", "messages over an OpenAI upstream"])
-def test_an_answer_beyond_what_is_held_back_is_dropped(scene: Stage, name: str) -> None:
-    api = ENDPOINTS[name]
-    body = {"model": f"{api.shape}/floods.{name[0]}", **api.text(NICE), "stream": True}
-    response = scene.proxy.post(api.path, body)
+def test_an_answer_beyond_what_is_held_back_is_dropped(scene: Stage) -> None:
+    response = scene.proxy.post(CHAT.path, {"model": "chat/floods", **CHAT.text(NICE), "stream": True})
     assert "error" in response.text
     assert not re.search(f"flood of|{LEAK}", response.text), response.text[:2000]
-    assert len(scene.upstream.of(f"floods.{name[0]}")) == 1
+    assert len(scene.upstream.of("floods")) == 1
 
 
 @tries("G4")
