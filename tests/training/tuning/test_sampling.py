@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from guard_middleware.worker.engine import GuardPrompt
+from guard_middleware.worker.engine import Generation, GuardPrompt
 from guard_middleware.worker.engine_transformers import TransformersEngine
 from guard_middleware.worker.weights import NANO, load
 from guard_training.corpus.rows import Row
@@ -103,9 +103,13 @@ def test_near_temperature_zero_samples_are_what_the_worker_decodes(
         encoded = contract.encode(row)
         images = tuple([row.image.read_bytes()] if row.image else [])
         asked.append(GuardPrompt(ids=encoded.ids, images=images, answered=False, max_new_tokens=48))
-    for outputs, generation in zip(found, engine.generate_batch(asked, lambda _: False), strict=True):
-        assert [output.text for output in outputs] == [generation.text] * 2  # type: ignore[union-attr]
-        assert all(output.ended for output in outputs)
+    decoded = engine.generate_batch(asked, lambda _: False)
+    for outputs, generation in zip(found, decoded, strict=True):
+        assert isinstance(generation, Generation)
+        assert [(output.text, output.ended) for output in outputs] == [
+            (generation.text, generation.finish == "stop")
+        ] * 2
+    assert any(output.ended for outputs in found for output in outputs)
 
 
 def test_samples_repeat_for_a_seed_and_differ_within_a_row(contract: Contract, rows: list[Row]) -> None:
