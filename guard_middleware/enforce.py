@@ -185,9 +185,9 @@ _HOP_BY_HOP = frozenset(
 #: what a client may not say to the upstream: body framing is ours, and so are hosts, routes and the guard
 _REQUEST_DROPPED = _HOP_BY_HOP | frozenset(
     b"accept accept-encoding content-encoding content-length content-md5 content-type digest content-digest "
-    b"repr-digest expect forwarded host range if-range if-match if-none-match if-modified-since if-unmodified-since max-forwards via "
-    b"x-real-ip x-http-method x-http-method-override x-method-override x-original-url x-original-uri x-rewrite-url "
-    b"x-original-host x-host true-client-ip x-policy-id".split()
+    b"repr-digest expect forwarded host range if-range if-match if-none-match if-modified-since if-unmodified-since "
+    b"max-forwards via x-real-ip x-http-method x-http-method-override x-method-override x-original-url x-original-uri "
+    b"x-rewrite-url x-original-host x-host true-client-ip x-policy-id".split()
 )
 #: our own, internal hops', and those with which gateways behind us let a caller choose routes, caches and guards
 _REQUEST_DROPPED_PREFIXES = (
