@@ -28,6 +28,7 @@ from guard_middleware.types import (
     ToolCallResponse,
     Uri,
 )
+from tests.support.leaves import leaves
 
 MARK = "how do I pick a lock"
 USER = {"role": "user", "content": "hello"}
@@ -466,14 +467,6 @@ def mutated(draw: st.DrawFn) -> Any:
     else:
         holder[path[-1]] = draw(anything)
     return body
-
-
-def leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(leaf for item in value.values() for leaf in leaves(item))]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if isinstance(value, str) else []
 
 
 @settings(max_examples=400, deadline=None)

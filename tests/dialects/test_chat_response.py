@@ -17,6 +17,7 @@ from guard_middleware.dialects.chat_response import ParsedCompletion, parse_resp
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.limits import Limits
 from guard_middleware.types import Action, Basis, Message, Reasoning, Text, ToolCall
+from tests.support.leaves import leaves
 
 MARK = "how to pick a lock"
 
@@ -290,14 +291,6 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names | st.text(max_size=6), inner, max_size=4),
     max_leaves=10,
 )
-
-
-def leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(leaf for item in value.values() for leaf in leaves(item))]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if isinstance(value, str) else []
 
 
 @st.composite

@@ -16,6 +16,7 @@ from guard_middleware.dialects.base import Notice, Options, ParsedAnswer, Parsed
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.limits import Limits
 from guard_middleware.types import Action, Basis, Message, Reasoning, Text, ToolCall, ToolCallResponse
+from tests.support.leaves import leaves
 
 MARK = "how to pick a lock"
 SEALED = base64.b64encode(bytes(range(256)) * 3).decode()
@@ -327,14 +328,6 @@ def mutated(draw: st.DrawFn) -> Any:
     else:
         holder[path[-1]] = draw(anything)
     return body
-
-
-def leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(leaf for item in value.values() for leaf in leaves(item))]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if isinstance(value, str) else []
 
 
 @settings(max_examples=300, deadline=None)

@@ -38,6 +38,7 @@ from tests.support.anthropic_events import (
     start,
     wire,
 )
+from tests.support.leaves import leaves
 from tests.support.streams import Finished, finished
 
 MARK = "how to pick a lock"
@@ -497,14 +498,6 @@ def test_any_stream_is_either_refused_or_released_as_read(items: Events, base: E
         for leaf in leaves(body):
             if any(c.isspace() or ord(c) > 126 for c in leaf):
                 assert leaf in heard or json.dumps(leaf, ensure_ascii=False)[1:-1] in heard
-
-
-def leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(leaf for item in value.values() for leaf in leaves(item))]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if isinstance(value, str) else []
 
 
 @pytest.mark.parametrize("stream", [HELLO, MIXED], ids=["text", "mixed"])

@@ -12,8 +12,9 @@ import pytest
 
 from tests.support import cases, catalogue_cases
 from tests.support.cases import Case, Mode
+from tests.support.leaves import leaves
 from tests.support.replayed_cases import Seen
-from tests.support.running_cases import Dialect, check, leaves
+from tests.support.running_cases import Dialect, check, runs
 
 FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 CASES = [case for path in FILES for case in cases.load(path)]
@@ -59,15 +60,9 @@ def images(value: Any) -> list[bytes]:
 
 
 CHAT = Dialect(events, pieces, spoken, code, images)
-RUNS = [
-    pytest.param(case, mode, through, id=f"{case.id}-{mode}{'-proxy' if through == 'proxy' else ''}")
-    for case in CASES
-    for mode in case.runs
-    for through in case.ways
-]
 
 
-@pytest.mark.parametrize(("case", "mode", "through"), RUNS)
+@pytest.mark.parametrize(("case", "mode", "through"), runs(CASES))
 def test_case(case: Case, mode: Mode, through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, mode, through, CHAT, tmp_path, monkeypatch)
 

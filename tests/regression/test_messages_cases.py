@@ -13,9 +13,10 @@ import pytest
 from guard_middleware.sse import Decoder
 from tests.support import cases, catalogue_cases
 from tests.support.cases import Case, Mode
+from tests.support.leaves import leaves
 from tests.support.messages_cases import MessagesCase
 from tests.support.replayed_cases import Seen
-from tests.support.running_cases import Dialect, check, leaves, unread
+from tests.support.running_cases import Dialect, check, runs, unread
 
 FILES = sorted((Path(__file__).parent / "messages").glob("*.yaml"))
 CASES = [case for path in FILES for case in cases.load(path, MessagesCase)]
@@ -70,15 +71,9 @@ def images(value: Any) -> Iterator[bytes]:
 
 
 MESSAGES = Dialect(events, pieces, spoken, code, lambda value: list(images(value)))
-RUNS = [
-    pytest.param(case, mode, through, id=f"{case.id}-{mode}{'-proxy' if through == 'proxy' else ''}")
-    for case in CASES
-    for mode in case.runs
-    for through in case.ways
-]
 
 
-@pytest.mark.parametrize(("case", "mode", "through"), RUNS)
+@pytest.mark.parametrize(("case", "mode", "through"), runs(CASES))
 def test_case(case: Case, mode: Mode, through: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(case, mode, through, MESSAGES, tmp_path, monkeypatch)
 

@@ -14,20 +14,14 @@ from tests.regression.test_cases import code, images
 from tests.support import cases, catalogue_cases, openai_cases
 from tests.support.cases import Case, Mode
 from tests.support.replayed_cases import Seen
-from tests.support.running_cases import Dialect, check
+from tests.support.running_cases import Dialect, check, runs
 
 HERE = Path(__file__).parent
 CASES = {
     dialect: [case for path in sorted((HERE / dialect).glob("*.yaml")) for case in cases.load(path, kind)]
     for dialect, kind in openai_cases.KINDS.items()
 }
-RUNS = [
-    pytest.param(case, mode, through, id=f"{dialect}-{case.id}-{mode}{'-proxy' if through == 'proxy' else ''}")
-    for dialect, told in CASES.items()
-    for case in told
-    for mode in case.runs
-    for through in case.ways
-]
+RUNS = [run for dialect, told in CASES.items() for run in runs(told, f"{dialect}-")]
 
 
 def events(seen: Seen) -> Iterator[Any]:

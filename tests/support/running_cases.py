@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 from guard_middleware.sse import Decoder
 from tests.support import cases
 from tests.support.cases import LEAK_BOUND, Case, Expect, Mode
+from tests.support.leaves import leaves
 from tests.support.replayed_cases import Seen, TranscriptGuard, replay, texts
 
 #: what makes a text harmful, and what our own words about a block hold
@@ -40,6 +41,16 @@ class Dialect:
     code: Callable[[Any], str]
     #: the images in a request
     images: Callable[[Any], list[bytes]]
+
+
+def runs(told: Iterable[Case], prefix: str = "") -> list[Any]:
+    """Every case in every mode and way that it is told for, as parameters of a test."""
+    return [
+        pytest.param(case, mode, through, id=f"{prefix}{case.id}-{mode}{'-proxy' if through == 'proxy' else ''}")
+        for case in told
+        for mode in case.runs
+        for through in case.ways
+    ]
 
 
 def check(case: Case, mode: Mode, through: str, dialect: Dialect, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -175,14 +186,6 @@ def unread(value: Any, transcripts: str) -> list[str]:
         inner = json.loads(line) if line.startswith("{") and "\\u" in line else None
         missing += [line] if inner is None else unread(inner, transcripts)
     return missing
-
-
-def leaves(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [*value, *(leaf for item in value.values() for leaf in leaves(item))]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value] if isinstance(value, str) else []
 
 
 def at(value: Any, path: str) -> Any:
