@@ -230,7 +230,7 @@ class _Exchange:
             except UpstreamError as error:
                 self._do(self._tx.fail(error))
         except asyncio.CancelledError:
-            if task.cancelling():
+            if _is_cancelled():
                 raise
             self._outbox.put_nowait(RuntimeError("what the request waited for was cancelled"))
         except Exception as error:
@@ -451,9 +451,8 @@ class _Exchange:
         except UpstreamError as error:
             broken = broken or error
         except (Exception, asyncio.CancelledError) as error:
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # else the application awaited what somebody cancelled, which is its failure
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
             if broken is None:
                 logger.exception("request %s: the wrapped application failed", tx.id)
                 broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
@@ -496,6 +495,12 @@ class _Exchange:
             headers.append((b"connection", b"close"))  # the rest of that body must not keep it open
         await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": reply.body})
+
+
+def _is_cancelled() -> bool:
+    """Whether a ``CancelledError`` is meant for this task: else it awaited what somebody else cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _path(scope: Scope) -> bytes:

@@ -148,13 +148,11 @@ class GuardClient:
             if wait > 0:
                 raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard worker is not reachable", retry_after=1.0)
             self._connecting = asyncio.create_task(self._open(), name="guard-connect")
-        try:
-            outcome = await asyncio.shield(self._connecting)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard client is closed") from None  # by ``aclose``
+        connecting = self._connecting
+        await asyncio.wait({connecting})  # whoever goes away leaves it to the others, and its end cancels nobody
+        if connecting.cancelled():
+            raise GuardError(GuardErrorKind.UNAVAILABLE, "the guard client is closed")
+        outcome = connecting.result()
         if isinstance(outcome, GuardError):
             raise outcome
         return outcome

@@ -48,7 +48,7 @@ class Workers:
         async with self._starting:
             if not self._started:
                 for process in self.processes.values():
-                    await process.start()  # those that an attempt before this one started are left as they are
+                    await process.start()
                 self._started = True
 
     async def wait_ready(self) -> None:

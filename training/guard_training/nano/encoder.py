@@ -44,7 +44,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """At most a batch or two; ``embeddings`` is for many."""
+        """At most a batch or two; ``Embeddings`` is for many."""
         given = self._tokenizer(list(texts), padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
             hidden = self._model(**given).last_hidden_state.float()
