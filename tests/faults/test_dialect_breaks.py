@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.faults.test_upstream_breaks import HTML, SECRET, SILENCE, writes
+from tests.faults.test_upstream_breaks import HTML, SECRET, SILENCE, impatient, writes
 from tests.support.gateway import (
     GOOD,
     PATIENCE,
@@ -20,7 +20,6 @@ from tests.support.gateway import (
     Upstream,
     chunked,
     head,
-    scripted_worker,
     stream_head,
     unique,
     whole,
@@ -132,11 +131,7 @@ def upstream() -> Iterator[Upstream]:
 
 @pytest.fixture(scope="module")
 def gateway(folder: Path, upstream: Upstream) -> Iterator[Gateway]:
-    limits = {"limits": {"upstream_seconds": f"{SILENCE}s", "answer_bytes": "100KB"}}
-    with (
-        scripted_worker(folder / "w.sock"),
-        Gateway(folder, upstream.url, folder / "w.sock", limits) as process,
-    ):
+    with impatient(folder, upstream) as process:
         yield process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import socket
@@ -247,13 +248,20 @@ def upstream() -> Iterator[Upstream]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def gateway(folder: Path, upstream: Upstream) -> Iterator[Gateway]:
+@contextlib.contextmanager
+def impatient(folder: Path, upstream: Upstream) -> Iterator[Gateway]:
+    """A gateway that waits ``SILENCE`` seconds and takes 100 KB."""
     limits = {"limits": {"upstream_seconds": f"{SILENCE}s", "answer_bytes": "100KB"}}
     with (
         scripted_worker(folder / "w.sock"),
         Gateway(folder, upstream.url, folder / "w.sock", limits) as process,
     ):
+        yield process
+
+
+@pytest.fixture(scope="module")
+def gateway(folder: Path, upstream: Upstream) -> Iterator[Gateway]:
+    with impatient(folder, upstream) as process:
         yield process
 
 

@@ -5,13 +5,18 @@ Made once (two minutes and 500 MB) and reused while ``requirements.txt`` is unch
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.clients import environments
 from tests.support.virtualenv import Missing, made
 
-__all__ = ["Missing", "serve", "variables"]
+__all__ = ["Missing", "serve", "told", "variables"]
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,6 +24,18 @@ ROOT = Path(__file__).parents[3]
 def serve() -> list[str]:
     """``serve``, as its users type it; raises ``Missing`` where the environment cannot be made."""
     return [str(made("ray", Path(__file__).with_name("requirements.txt")).with_name("serve"))]
+
+
+def told(*arguments: str) -> dict[str, Any]:
+    """What Python of that environment prints last, as JSON; skips the test where there is none."""
+    try:
+        python = str(Path(serve()[0]).with_name("python"))
+    except Missing as error:
+        pytest.skip(f"no Ray here: {error}")
+    done = subprocess.run([python, *arguments], env=variables("none"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def variables(token: str, **more: str) -> Mapping[str, str]:

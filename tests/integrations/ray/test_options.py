@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sysconfig
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,20 +48,7 @@ print(json.dumps({**told, "judged": asyncio.run(judge(load)) if "judge" in sys.a
 
 
 def built(args: dict[str, Any], *more: str) -> dict[str, Any]:
-    try:
-        python = str(Path(environment.serve()[0]).with_name("python"))
-    except environment.Missing as error:
-        pytest.skip(f"no Ray here: {error}")
-    done = subprocess.run(
-        [python, "-c", DRIVER, json.dumps(args), sysconfig.get_path("purelib"), *more],
-        env=environment.variables("none"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return environment.told("-c", DRIVER, json.dumps(args), sysconfig.get_path("purelib"), *more)
 
 
 def test_the_example_builds_the_guard_that_ships_and_it_judges() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    try:
-        python = str(Path(environment.serve()[0]).with_name("python"))
-    except environment.Missing as error:
-        pytest.skip(f"no Ray here: {error}")
-    done = subprocess.run(
-        [python, str(Path(__file__).with_name("replica_driver.py"))],
-        env=environment.variables("none"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return environment.told(str(Path(__file__).with_name("replica_driver.py")))
 
 
 SOUND = {"health": "", "ready": 200, "judged": 200}
