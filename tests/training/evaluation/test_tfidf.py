@@ -14,8 +14,8 @@ from guard_training.commands import baseline
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import tfidf
 from guard_training.evaluation.predictions import read_predictions
-from guard_training.nano.pipeline import Rows
 from guard_training.nano.recipe import default_recipe, read_recipe
+from guard_training.nano.rows import Rows
 
 WORDS = "apple river stone cloud paper glass music garden window bridge candle harbour meadow ladder".split()
 DEEDS = ("pick a lock", "forge a ticket", "bake a loaf", "paint a fence")

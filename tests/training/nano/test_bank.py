@@ -30,13 +30,25 @@ def test_any_other_shape_is_refused(text: str, tmp_path: Path) -> None:
         read_bank(tmp_path)
 
 
+def test_a_prompt_with_two_answers_is_a_pair_whose_request_nobody_labelled(tmp_path: Path) -> None:
+    (tmp_path / "answers_a.yaml").write_text("t:\n  - {prompt: p, harmful: h, unharmful: u}\n")
+    unsafe, safe = read_bank(tmp_path)
+    assert [(row.prompt, row.request, row.response, row.response_label) for row in (unsafe, safe)] == [
+        ("p", None, "h", "harmful"),
+        ("p", None, "u", "unharmful"),
+    ]
+    assert pair_of(unsafe.id) == pair_of(safe.id)
+
+
 def test_the_projects_own_bank_has_both_labels_and_no_text_twice() -> None:
     rows = read_bank(default_bank())
-    texts = [row.prompt.lower().strip() for row in rows]
+    texts = [(row.prompt.lower().strip(), (row.response or "").lower().strip()) for row in rows]
     assert len(set(texts)) == len(texts)
     assert len({row.id for row in rows}) == len(rows)
     pairs = [row for row in rows if row.source == "bank_contrast"]
     assert sum(row.request == "harmful" for row in pairs) * 2 == len(pairs)
+    answers = [row for row in rows if row.source == "bank_answers"]
+    assert sum(row.response_label == "harmful" for row in answers) * 2 == len(answers)
     assert all(held_out(pair_of(row.id), 0.0) is False for row in rows)
 
 

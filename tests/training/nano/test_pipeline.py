@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from guard_training.corpus.rows import CorpusError, Skipped
-from guard_training.nano import pipeline
-from guard_training.nano.pipeline import load_rows, train_nano
+from guard_training.nano import pipeline, rows
+from guard_training.nano.pipeline import train_nano
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
+from guard_training.nano.rows import load_rows
 from guard_training.rowfile import OutputError
 
 
@@ -20,7 +21,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bank = tmp_path / "bank"
     bank.mkdir()
     (bank / "benign_work.yaml").write_text("work: [please sort the list of cars]")
-    monkeypatch.setattr(pipeline, "default_bank", lambda: bank)
+    for module in (pipeline, rows):
+        monkeypatch.setattr(module, "default_bank", lambda: bank)
     lines = [
         {"id": str(n), "source": "locks", "prompt": f"how do I pick lock {n}", "prompt_label": "harmful"}
         for n in range(5)
@@ -36,8 +38,8 @@ def recipe() -> Recipe:
 
 def test_a_bad_line_is_named_and_the_others_are_used(data: Path, recipe: Recipe) -> None:
     skipped = Skipped()
-    rows = load_rows(data, recipe, skipped=skipped)
-    assert len(rows.prompts) == 6
+    found = load_rows(data, recipe, skipped=skipped)
+    assert len(found.prompts) == 6
     assert "train.jsonl:6" in skipped.summary()
     with pytest.raises(CorpusError, match=r"train\.jsonl:6"):
         load_rows(data, recipe)

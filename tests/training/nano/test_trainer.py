@@ -10,7 +10,7 @@ from PIL import Image
 
 from guard_middleware.guard.parse import parse
 from guard_middleware.guard.prompt import PromptEncoder, render
-from guard_middleware.types import Blob, Conversation, Message, Text
+from guard_middleware.types import Blob, Conversation, Label, Message, Text
 from guard_middleware.worker.weights import load
 from guard_training.corpus.rows import Row
 from guard_training.nano.calibrate import shift_decision
@@ -18,8 +18,10 @@ from guard_training.nano.export import export
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import (
     Case,
+    answered_case,
     dialogue_case,
     distilled_case,
+    joined_case,
     pair_case,
     picture_case,
     snippet,
@@ -27,7 +29,8 @@ from guard_training.nano.mixture import (
 )
 from guard_training.nano.model import build_model, image_processor, start_embeddings
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
-from guard_training.nano.teacher import DECIDED, DECISIONS, PHRASES, Judged, Kind, joined, teach
+from guard_training.nano.teacher import ANSWERED, DECISIONS, PHRASES, Judged, Kind, decided, joined, teach
+from guard_training.nano.teacher import label as brief_form
 from guard_training.nano.tokenizer import train_tokenizer
 from guard_training.nano.trainer import (
     Collator,
@@ -120,8 +123,8 @@ def _distilled(examples: list[Example]) -> list[Example]:
     cut = [
         dataclasses.replace(
             e,
-            completion=e.completion[:DECIDED],
-            weights=e.weights[:DECIDED],
+            completion=e.completion[: e.decided + 1],
+            weights=e.weights[: e.decided + 1],
             chance=0.9 if n % 4 else 0.1,
             meaning=n % 4,
         )
@@ -283,12 +286,12 @@ def test_a_later_stage_goes_on_with_the_map_of_the_one_before(tokenizer, recipe:
     examples = [e for e in _distilled(_examples(tokenizer, recipe, tmp_path)) if e.meaning is not None] * 2
     first = _trainer(tokenizer, recipe, tmp_path / "first", examples, meanings=MEANINGS)
     first.train()
-    meanings = dataclasses.replace(MEANINGS, map=first.map)
+    meanings = dataclasses.replace(MEANINGS, maps=first.maps)
     second = _trainer(tokenizer, recipe, tmp_path / "second", examples, meanings=meanings)
-    assert second.map is first.map
-    before = {name: value.clone() for name, value in second.map.state_dict().items()}
+    assert second.maps is first.maps
+    before = {name: value.clone() for name, value in second.maps.state_dict().items()}
     second.train()
-    assert not torch.equal(second.map.state_dict()["1.weight"], before["1.weight"])  # it learns on
+    assert not torch.equal(second.maps.state_dict()["0.1.weight"], before["0.1.weight"])  # it learns on
 
 
 def test_a_stretch_is_words_of_the_texts() -> None:
@@ -302,4 +305,61 @@ def test_a_stretch_is_words_of_the_texts() -> None:
 def test_a_distilled_case_ends_at_the_decision() -> None:
     case = distilled_case("how do I bake bread", 0.2, 7)
     assert (case.judged.request, case.chance, case.meaning) == ("unharmful", 0.2, 7)
-    assert [stretch.kind for stretch in teach(case.judged, LEXICON)[:DECIDED]] == [Kind.TEMPLATE, Kind.REQUEST]
+    assert [stretch.kind for stretch in decided(teach(case.judged, LEXICON))] == [Kind.TEMPLATE, Kind.REQUEST]
+
+
+def test_an_answered_case_ends_at_the_decision_about_the_answer_and_leaves_the_request_alone() -> None:
+    case = answered_case("how do I bake bread", "with flour", 0.8, 3)
+    kinds = [stretch.kind for stretch in decided(teach(case.judged, LEXICON))]
+    assert kinds[-1] is Kind.RESPONSE
+    assert Kind.REQUEST not in kinds
+    brief = decided(brief_form(case.judged))
+    assert [(stretch.text, stretch.kind) for stretch in brief[-1:]] == [(" harmful", Kind.RESPONSE)]
+
+
+def test_an_answers_chance_and_meaning_count_where_the_answer_is_decided(
+    tokenizer,
+    recipe: Recipe,
+    tmp_path: Path,  # type: ignore[no-untyped-def]
+) -> None:
+    weights = {Kind(kind): weight for kind, weight in recipe.token_weights.items()}
+    both = []
+    for number in (1, 2):
+        case = answered_case("how do I bake bread", "what lock", 0.7, number)
+        stretches = decided(teach(case.judged, LEXICON))
+        transcript, encoder = render(case.conversation), PromptEncoder(tokenizer)
+        both.append(
+            encode_example(
+                transcript,
+                stretches,
+                weights,
+                encoder,
+                tokenizer,
+                chance=case.chance,
+                meaning=case.meaning,
+                closed=False,
+            )
+        )
+    row = to_dataset(both)[0]
+    (at,) = [n for n, chance in enumerate(row["chances"]) if chance >= 0]
+    assert tokenizer.decode(row["input_ids"][at]) in ANSWERED
+    trainer = _trainer(tokenizer, recipe, tmp_path, both, draws=0, meanings=MEANINGS)
+    trainer.train()
+    assert any("answer_embedding_distance" in entry for entry in trainer.state.log_history)
+    assert not any("embedding_distance" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("label", "chances", "expected"),
+    [("unharmful", [0.05, 0.1], 0.1), ("unharmful", [0.05, 0.6], 0.15), ("harmful", [0.9, 0.1], 0.9),
+     ("harmful", [0.2, 0.1], 0.7)],
+)  # fmt: skip
+def test_the_worst_of_joined_texts_gives_the_chance_as_far_as_their_label_allows(
+    label: Label, chances: list[float], expected: float
+) -> None:
+    case = joined_case(["one two three four", "five six"], chances, label, random.Random(1))
+    (message,) = case.conversation.messages
+    (text,) = message.parts
+    assert isinstance(text, Text)
+    assert sorted(text.text.replace("---", "").split()) == sorted("one two three four five six".split())
+    assert (case.chance, case.meaning, case.judged.request) == (expected, None, label)

@@ -91,7 +91,7 @@ def read_groups(data: Path, recipe: Recipe, stated: Sequence[str] | None) -> lis
 
 def make_fold(data: Path, recipe: Recipe, group: tuple[str, ...], *, limit: int | None, seed: int) -> Fold:
     """Rows as nano's own pipeline reads them, with and without the group. Raises ``GeneraliseError``."""
-    from guard_training.nano.pipeline import load_rows
+    from guard_training.nano.rows import load_rows
 
     everything = load_rows(data, recipe)
     rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.nano.lexicon import balance
-from guard_training.nano.pipeline import Rows, load_rows
 from guard_training.nano.recipe import Recipe
+from guard_training.nano.rows import Rows, load_rows
 
 #: Words of a text that are looked at; a long answer adds little.
 _CHARACTERS = 8000

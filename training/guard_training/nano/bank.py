@@ -1,7 +1,8 @@
 """The bank: prompts written for this project, in ``training/bank/*.yaml``.
 
-Two shapes of file. ``{topic: [prompt, ...]}`` holds unharmful prompts; ``{category: [{harmful, unharmful}, ...]}``
-holds pairs of nearly the same words whose labels differ. Refuses any other shape.
+Three shapes of file. ``{topic: [prompt, ...]}`` holds unharmful prompts; ``{category: [{harmful, unharmful}, ...]}``
+holds pairs of nearly the same words whose labels differ; ``{topic: [{prompt, harmful, unharmful}, ...]}`` holds an
+unsafe and a safe answer to a prompt that is not labelled itself. Refuses any other shape.
 """
 
 from __future__ import annotations
@@ -48,5 +49,10 @@ def _rows(entry: object, id: str, topic: str, path: Path) -> list[Row]:
             return [
                 Row(f"{id}/harmful", "bank_contrast", harmful, "harmful", category=topic, licence=_LICENCE),
                 Row(f"{id}/unharmful", "bank_contrast", unharmful, "unharmful", category=topic, licence=_LICENCE),
+            ]
+        case {"prompt": str(prompt), "harmful": str(harmful), "unharmful": str(unharmful), **rest} if not rest:
+            return [
+                Row(f"{id}/harmful", "bank_answers", prompt, None, harmful, "harmful", topic, _LICENCE),
+                Row(f"{id}/unharmful", "bank_answers", prompt, None, unharmful, "unharmful", topic, _LICENCE),
             ]
     raise CorpusError(f"{path.name}: {id}: neither a prompt nor a pair of harmful and unharmful")

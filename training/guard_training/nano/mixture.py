@@ -51,6 +51,10 @@ _SYSTEMS = (
 )  # fmt: skip
 
 
+#: the bounds of a joined text's chance of harm: harmless ones stay below the first, harmful ones above the second
+_JOINED = (0.15, 0.7)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image.
@@ -178,6 +182,25 @@ def distilled_case(text: str, chance: float, meaning: int) -> Case:
     """
     judged = Judged(text, "the request", "harmful" if chance > 0.5 else "unharmful")
     return Case(Conversation((_user(text),)), judged, source="distilled", chance=chance, meaning=meaning)
+
+
+def answered_case(prompt: str, answer: str, chance: float, meaning: int) -> Case:
+    """A text as an answer to a prompt, with what the encoder says of it; only the decision about it is trained."""
+    judged = Judged(prompt, "the request", None, None, answer, "harmful" if chance > 0.5 else "unharmful")
+    told = Conversation((_user(prompt),), answer=Message("assistant", (Text(answer),)))
+    return Case(told, judged, source="distilled", chance=chance, meaning=meaning)
+
+
+def joined_case(texts: Sequence[str], chances: Sequence[float], label: Label, rng: random.Random) -> Case:
+    """Several texts as one, which is what a window over a long text holds; only the decision is trained.
+
+    The worst text gives the chance of harm, as far as ``label``, which is the texts' own, allows; the encoder has no
+    say in the whole, since it would dilute what is harmful in it.
+    """
+    text = rng.choice(("\n", "\n\n", " ", "\n---\n")).join(rng.sample(texts, len(texts)))
+    chance = max(chances)
+    chance = max(chance, _JOINED[1]) if label == "harmful" else min(chance, _JOINED[0])
+    return Case(Conversation((_user(text),)), Judged(text, "the request", label), source="joined", chance=chance)
 
 
 def pair_case(row: Row, words: int, rng: random.Random) -> Case:

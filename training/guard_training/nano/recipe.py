@@ -34,6 +34,7 @@ class Recipe:
     stretch_words: int
     variants: int
     variant_words: int
+    answers: int
     definitions: int
     head_penalty: float
     head_sharpness: float

@@ -112,11 +112,11 @@ PHRASES: tuple[str, ...] = (
     _REQUEST, _RESPONSE, _NONE, _CLOSE, _BRIEF,
 )  # fmt: skip
 
-#: The stretches of a completion up to the request's decision.
-DECIDED = 2
 #: What decides about the request, harmful first: phrases where it is reasoned, labels where it is not.
 DECISIONS = (_IN["harmful"], _IN["unharmful"])
 LABELS = (" harmful", " unharmful")
+#: What decides about the answer in reasoning: unsafe, and either way to be safe.
+ANSWERED = (_ANSWER["harmful"], _ANSWER["unharmful"], _ANSWER["refusal"])
 
 
 def topic(label: Label, category: str | None, words: str) -> str:
@@ -174,6 +174,12 @@ def label(judged: Judged) -> list[Stretch]:
         *([Stretch(_RESPONSE, Kind.TEMPLATE), Stretch(f" {response}", Kind.RESPONSE)] if response else []),
         Stretch(_CLOSE, Kind.TEMPLATE),
     ]
+
+
+def decided(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """The beginning of a completion, to the end of its last decision that is known."""
+    last = max(n for n, stretch in enumerate(stretches) if stretch.kind in (Kind.REQUEST, Kind.RESPONSE))
+    return list(stretches[: last + 1])
 
 
 def _quoted(quote: str) -> str:

@@ -5,9 +5,10 @@ and loss stay fp32). The opening of every prompt (the system turn, half of a sho
 tokens in every row, so it runs once per batch and its keys and values are expanded, with gradients. The vocabulary's
 logits are computed at labelled positions only, and over the ids that the batch writes, all phrases, and a draw of
 other ids (a sampled softmax). Each labelled token has a weight, so that a decision counts for more than the phrase
-round it. And a row may carry what a sentence encoder says of its text: the odds of harm as a soft target where the
-request is decided, and its embedding, which a linear map of the hidden state there has to match (the map is thrown
-away after training). Rows come in an order fixed beforehand, in batches of like length.
+round it. And a row may carry what a sentence encoder says of its text: the odds of harm as a soft target at its last
+decision (about the request, or about the answer), and its embedding, which a linear map of the hidden state there has
+to match (one map for requests, one for answers; they are thrown away after training). Rows come in an order fixed
+beforehand, in batches of like length.
 """
 
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
@@ -38,20 +39,22 @@ _COLUMNS = Features(
         "labels": List(Value("int32")),
         "loss_weights": List(Value("float32")),
         "picture": Value("string"),
-        "chance": Value("float32"),
+        "chances": List(Value("float32")),
         "meaning": Value("int32"),
+        "answered": Value("bool"),
     }
 )
-#: the linear map to the encoder's embeddings, beside a checkpoint's weights
-_MAP = "map.pt"
+#: the linear maps to the encoder's embeddings, beside a checkpoint's weights
+_MAPS = "maps.pt"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row as ids. ``weights`` has one number per completion token; ``picture`` is the path of its only image.
 
-    ``chance`` is the encoder's probability of harm, which replaces the label where the request is decided; ``meaning``
-    is the row of the encoder's embedding of the text in the trainer's table.
+    ``chance`` is the encoder's probability of harm, which replaces the label at the completion's token ``decided``;
+    ``meaning`` is the row of the encoder's embedding of what is decided there in the trainer's table, and ``answered``
+    says that this is an answer.
     """
 
     prompt: list[int]
@@ -59,7 +62,9 @@ class Example:
     weights: list[float]
     picture: str | None = None
     chance: float | None = None
+    decided: int = 0
     meaning: int | None = None
+    answered: bool = False
 
 
 def encode_example(
@@ -77,14 +82,18 @@ def encode_example(
     """A case as the worker would encode it, and what the guard should write; not ``closed`` is only a beginning."""
     ids: list[int] = []
     values: list[float] = []
+    decided, answered = 0, False
     for stretch in stretches:
         piece = tokenizer.encode(stretch.text, add_special_tokens=False)
+        if stretch.kind in (Kind.REQUEST, Kind.RESPONSE):
+            decided, answered = len(ids), stretch.kind is Kind.RESPONSE
         ids += piece
         values += [weights[stretch.kind]] * len(piece)
     if closed:
         ids.append(encoder.im_end)
         values.append(weights[Kind.TEMPLATE])
-    return Example(encoder.encode(transcript).ids, ids, values, str(picture) if picture else None, chance, meaning)
+    shown = str(picture) if picture else None
+    return Example(encoder.encode(transcript).ids, ids, values, shown, chance, decided, meaning, answered)
 
 
 def in_batches(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -110,11 +119,20 @@ def to_dataset(examples: Sequence[Example]) -> Dataset:
             "labels": [[IGNORED] * len(e.prompt) + e.completion for e in examples],
             "loss_weights": [[0.0] * len(e.prompt) + e.weights for e in examples],
             "picture": [e.picture or "" for e in examples],
-            "chance": [-1.0 if e.chance is None else e.chance for e in examples],
+            "chances": [_chances(e) for e in examples],
             "meaning": [-1 if e.meaning is None else e.meaning for e in examples],
+            "answered": [e.answered for e in examples],
         },
         features=_COLUMNS,
     )
+
+
+def _chances(example: Example) -> list[float]:
+    """A number per token: the chance of harm where it is given, else -1."""
+    chances = [-1.0] * (len(example.prompt) + len(example.completion))
+    if example.chance is not None:
+        chances[len(example.prompt) + example.decided] = example.chance
+    return chances
 
 
 class Collator:
@@ -126,7 +144,7 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixels, grids, lines = [], [], []
         for row in rows:
-            ids, labels, weights = row["input_ids"], row["labels"], row["loss_weights"]
+            ids, labels, weights, chances = row["input_ids"], row["labels"], row["loss_weights"], row["chances"]
             if row["picture"]:
                 with Image.open(row["picture"]) as image:
                     made = self._images(images=[image.convert("RGB")], return_tensors="pt")
@@ -135,15 +153,17 @@ class Collator:
                 extra = int(grids[-1].prod()) // 4 - 1
                 ids = expand_images(ids, [extra + 1], self._image_pad)
                 labels, weights = [IGNORED] * extra + labels, [0.0] * extra + weights
-            lines.append((ids, labels, weights))
-        longest = max(len(ids) for ids, _, _ in lines)
+                chances = [-1.0] * extra + chances
+            lines.append((ids, labels, weights, chances))
+        longest = max(len(ids) for ids, *_ in lines)
 
         def padded(column: int, filler: float) -> Tensor:
             return torch.tensor([line[column] + [filler] * (longest - len(line[column])) for line in lines])
 
         batch = {"input_ids": padded(0, self._pad), "labels": padded(1, IGNORED), "loss_weights": padded(2, 0.0)}
-        batch["chance"] = torch.tensor([row["chance"] for row in rows])
+        batch["chances"] = padded(3, -1.0)
         batch["meaning"] = torch.tensor([row["meaning"] for row in rows])
+        batch["answered"] = torch.tensor([row["answered"] for row in rows])
         if pixels:
             batch |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
         return batch
@@ -152,8 +172,8 @@ class Collator:
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """Ids that the loss treats apart: the shared ``opening``, the image pad, pairs of ``decisions`` (harmful first; the
-    first pair is the reasoning's, the others stand without reasoning), and ``phrases``, which stand in every softmax
-    beside ``draws`` other ids (0 takes them all)."""
+    first pair decides about the request in reasoning), and ``phrases``, which stand in every softmax beside ``draws``
+    other ids (0 takes them all)."""
 
     opening: Sequence[int]
     image_pad: int
@@ -166,13 +186,21 @@ class Vocabulary:
 class Meanings:
     """The encoder's embeddings (texts, dimensions), of unit length, and the weight of matching them in the loss.
 
-    ``map`` goes from hidden states to embeddings; a later stage that began with a new one would pull the states away
-    from all that the stages before it learnt.
+    ``maps`` go from hidden states to embeddings, of requests and of answers; a later stage that began with new ones
+    would pull the states away from all that the stages before it learnt.
     """
 
     table: Tensor
     weight: float
-    map: torch.nn.Sequential | None = None
+    maps: torch.nn.ModuleList | None = None
+
+    def new_maps(self, width: int) -> torch.nn.ModuleList:
+        """From states of ``width``. Most of a state is the same in every row; without its mean taken out, a map learns
+        that alone."""
+        return torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.BatchNorm1d(width, affine=False), torch.nn.Linear(width, self.table.shape[1]))
+            for _ in ("requests", "answers")
+        )
 
 
 class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
@@ -180,7 +208,7 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, vocabulary: Vocabulary, meanings: Meanings | None = None, **kwargs: Any):
         self.meanings = meanings
-        self.map = meanings.map if meanings else None
+        self.maps = meanings.maps if meanings else None
         super().__init__(*args, **kwargs)
         self._vocabulary = vocabulary
         self._bfloat16 = has_bfloat16()
@@ -189,22 +217,18 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
             self.model.set_attn_implementation(ATTENTION)
         self._opening = torch.tensor([list(vocabulary.opening)])
         self._decisions = torch.tensor(list(vocabulary.decisions))
-        if meanings is not None and self.map is None:
-            width = self.model.get_input_embeddings().weight.shape[1]
-            # Most of the state is the same in every row; without its mean taken out, the map learns that alone.
-            self.map = torch.nn.Sequential(
-                torch.nn.BatchNorm1d(width, affine=False), torch.nn.Linear(width, meanings.table.shape[1])
-            )
+        if meanings is not None and self.maps is None:
+            self.maps = meanings.new_maps(self.model.get_input_embeddings().weight.shape[1])
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.map is not None:
-            optimizer.add_param_group({"params": list(self.map.parameters()), "weight_decay": 0.0})
+        if self.maps is not None:
+            optimizer.add_param_group({"params": list(self.maps.parameters()), "weight_decay": 0.0})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.map is not None:
-            self.map.zero_grad()  # Trainer zeroes the model's gradients, not the optimizer's
+        if self.maps is not None:
+            self.maps.zero_grad()  # Trainer zeroes the model's gradients, not the optimizer's
         return super().training_step(*args, **kwargs)
 
     def compute_loss(
@@ -222,8 +246,9 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         log_chances = logits.log_softmax(-1)
         at = torch.searchsorted(candidates, wanted)
         losses = -log_chances.gather(1, at[:, None])[:, 0]
-        chance = inputs["chance"][:, None].expand_as(labels)[chosen]
-        soft = torch.isin(wanted, self._decisions) & (chance >= 0)
+        chances = inputs["chances"][:, self._opening.shape[1] + 1 :]
+        chance = chances[chosen]
+        soft = chance >= 0
         pair = (wanted[:, None, None] == self._decisions).any(2).int().argmax(1)
         sides = torch.searchsorted(candidates, self._decisions)[pair]
         shares = torch.stack((chance[soft], 1 - chance[soft]), 1)
@@ -236,14 +261,17 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
             right = (logits.gather(1, sides).argmax(1) == (wanted == self._decisions[pair, 1]).int())[sure]
             if len(right):
                 found["decision_accuracy"] = right.float().mean()
-        known = inputs["meaning"] >= 0
-        if self.map is not None and self.meanings is not None and int(known.sum()) > 1:  # one row has no variance
-            first = torch.isin(labels, self._decisions).int().argmax(1)
-            made = self.map(hidden[torch.arange(len(hidden)), first][known])
-            meant = self.meanings.table[inputs["meaning"][known]].float()
-            distance = 1 - torch.nn.functional.cosine_similarity(made, meant).mean()
-            found["embedding_distance"] = distance.detach()
-            loss = loss + self.meanings.weight * distance
+        if self.maps is not None and self.meanings is not None:
+            known = inputs["meaning"] >= 0
+            states = hidden[torch.arange(len(hidden)), chances.argmax(1)]
+            for name, answered, to_meaning in zip(("", "answer_"), (False, True), self.maps, strict=True):
+                rows = known & (inputs["answered"] == answered)
+                if int(rows.sum()) < 2:  # one row has no variance
+                    continue
+                meant = self.meanings.table[inputs["meaning"][rows]].float()
+                distances = 1 - torch.nn.functional.cosine_similarity(to_meaning(states[rows]), meant)
+                found[f"{name}embedding_distance"] = distances.detach().mean()
+                loss = loss + self.meanings.weight * distances.sum() / known.sum()
         for name, value in found.items():
             self._metrics["train" if model.training else "eval"][name].append(value.item())
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -285,13 +313,13 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.map is not None:
-            self.map.load_state_dict(torch.load(Path(resume_from_checkpoint) / _MAP, weights_only=True))
+        if self.maps is not None:
+            self.maps.load_state_dict(torch.load(Path(resume_from_checkpoint) / _MAPS, weights_only=True))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.map is not None:
-            torch.save(self.map.state_dict(), Path(output_dir or self.args.output_dir) / _MAP)
+        if self.maps is not None:
+            torch.save(self.maps.state_dict(), Path(output_dir or self.args.output_dir) / _MAPS)
         trim()
 
 
