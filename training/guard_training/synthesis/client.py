@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import json
 import time
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from guard_training.synthesis.limits import Limiter, Taken
 
+#: the bound of an answer; servers that refuse it by name get it by its older one
+_BOUND, _OLDER_BOUND = "max_completion_tokens", "max_tokens"
 #: seconds; a server that asks for more is not waited for by the SDK either
 _LONGEST_WAIT = 120.0
 
@@ -78,6 +82,7 @@ class Client:
 
     def __init__(self, teacher: Teacher, api: openai.AsyncOpenAI) -> None:
         self._teacher, self._api = teacher, api
+        self._bound = _BOUND
 
     async def ask(self, messages: list[dict[str, Any]], *, tokens: int) -> Reply:
         """One answer. ``tokens`` is what the request is likely to cost in all, for the limiter.
@@ -87,12 +92,7 @@ class Client:
         ticket = _Ticket(tokens)
         _ticket.set(ticket)
         try:
-            answer = await self._api.chat.completions.create(
-                model=self._teacher.model,
-                messages=messages,  # type: ignore[arg-type]
-                temperature=openai.omit if self._teacher.temperature is None else self._teacher.temperature,
-                max_completion_tokens=self._teacher.max_tokens,
-            )
+            answer = await self._create(messages)
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise TeacherError(
                 f"the teacher refuses: {_said(error)}; check --base-url, --teacher and the key"
@@ -106,16 +106,41 @@ class Client:
         except openai.APIStatusError as error:
             about = ", ".join(str(part) for part in (error.code, error.param) if part)
             raise Refused(f"the API answered {error.status_code}{f' ({about})' if about else ''}") from None
-        except openai.APIError as error:
+        except (openai.APIError, json.JSONDecodeError) as error:
             raise OutOfReach(type(error).__name__) from None
-        usage, choice = answer.usage, answer.choices[0] if answer.choices else None
+        # The SDK hands over whatever came with status 200: a web page, or the error of a provider behind the server.
+        if not isinstance(answer, ChatCompletion) or not answer.choices or not answer.choices[0].message:
+            raise OutOfReach("what came back is no chat completion")
+        usage, choice = answer.usage, answer.choices[0]
         if usage and ticket.taken:
             ticket.taken.tokens = usage.total_tokens
         return Reply(
-            text=choice.message.content if choice else None,
-            finish="content_filter" if choice and choice.message.refusal else choice.finish_reason if choice else None,
+            text=choice.message.content,
+            finish="content_filter" if choice.message.refusal else choice.finish_reason,
             prompt_tokens=usage.prompt_tokens if usage else 0,
             completion_tokens=usage.completion_tokens if usage else 0,
+        )
+
+    async def _create(self, messages: list[dict[str, Any]]) -> Any:
+        bound = self._bound
+        try:
+            return await self._send(messages, bound)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if bound == _OLDER_BOUND or bound not in error.response.text:
+                raise
+            with contextlib.suppress(openai.BadRequestError, openai.UnprocessableEntityError):
+                answer = await self._send(messages, _OLDER_BOUND)
+                self._bound = _OLDER_BOUND
+                return answer
+            raise
+
+    async def _send(self, messages: list[dict[str, Any]], bound: str) -> Any:
+        limit: dict[str, Any] = {bound: self._teacher.max_tokens}
+        return await self._api.chat.completions.create(
+            model=self._teacher.model,
+            messages=messages,  # type: ignore[arg-type]
+            temperature=openai.omit if self._teacher.temperature is None else self._teacher.temperature,
+            **limit,
         )
 
 
