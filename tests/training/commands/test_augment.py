@@ -66,7 +66,8 @@ def test_rows_and_their_mixes_are_written_with_provenance_and_bad_rows_are_named
     assert all(row.image is None or row.image.is_file() for row in by_id.values())
     shown = capsys.readouterr().out
     assert "4 rows left out" in shown
-    for reason in ("rows.jsonl:4: not a labelled row", "x: no label", "y: no.png is no", "r1: a second row"):
+    for reason in ("rows.jsonl:4: not a labelled row", "rows.jsonl:22: x: no label", "rows.jsonl:23: y: no.png is no",
+                   "rows.jsonl:24: r1: a second row"):  # fmt: skip
         assert reason in shown
 
 
@@ -100,6 +101,15 @@ def test_held_out_rows_are_never_mixed(rows: Path, tmp_path: Path) -> None:
     assert parents
     assert validation.isdisjoint(parents)
     assert validation.isdisjoint(row.id for row in read_rows(output))
+
+
+@pytest.mark.parametrize("wrong", [("--held-out", 1.5), ("--held-out", -0.1), ("--share", 1), ("--gap", -1)])
+def test_settings_that_mean_nothing_are_refused_and_leave_no_file(
+    rows: Path, tmp_path: Path, wrong: tuple[str, float]
+) -> None:
+    with pytest.raises(ValueError, match=r"lies between 0 and 1|0 or more"):
+        call("--rows", rows, "--output", tmp_path / "out" / "rl.jsonl", *wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

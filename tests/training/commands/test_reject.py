@@ -96,10 +96,10 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
     assert "5 rows left out" in shown
     for reason in (
         "rows.jsonl:15: not a labelled row",
-        "bare: no label",
-        "r0: a second row",
-        "gone: ",
-        "long: a prompt of",
+        "rows.jsonl:13: bare: no label",
+        "rows.jsonl:14: r0: a second row",
+        "rows.jsonl:11: gone: gone.png is no",
+        "rows.jsonl:12: long: a prompt of",
     ):
         assert reason in shown
 

@@ -57,9 +57,9 @@ def test_a_run_goes_on_and_ends_in_a_guard(
     assert "4 rows, " in text
     assert "3 rows left out:" in text
     assert "rows.jsonl:7: not a labelled row" in text
-    assert "long: " in text
+    assert "rows.jsonl:5: long: " in text
     assert "more than the cutoff of 900" in text
-    assert "silent: no rationale" in text
+    assert "rows.jsonl:6: silent: no rationale" in text
     assert "bake bread" not in text
     _run(*command)
     text = capsys.readouterr().out

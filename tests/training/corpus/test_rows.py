@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_a_bad_row_is_refused_with_its_line_and_the_good_ones_go_on(
     assert [row.id for row in read_good_rows(tmp_path / "a.jsonl", skipped)] == ["a", "a"]
     assert len(skipped.reasons) == 1
     assert reason in skipped.reasons[0]
+
+
+def test_a_row_that_was_read_is_named_by_its_file_and_line_and_stays_equal_to_one_that_was_made(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n" + json.dumps(ROW) + "\n")
+    (row,) = read_rows(tmp_path / "a.jsonl")
+    assert row.name == "a.jsonl:2: a"
+    assert replace(row, where="").name == "a"
+    assert row == replace(row, where="")
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="is a folder; give a file of rows in it"):
+        read_good_rows(tmp_path, Skipped())
+
+
+def test_reasons_that_are_not_shown_go_to_a_file_which_the_next_run_takes_away(tmp_path: Path) -> None:
+    file = tmp_path / "skipped.txt"
+    assert Skipped([f"r{n}: \ud800" for n in range(7)]).report(file).endswith(f"... and 2 more: {file}")
+    assert len(file.read_text().splitlines()) == 7
+    assert Skipped(["r: x"]).report(file) == "1 rows left out:\n  r: x"
+    assert not file.exists()
 
 
 def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:

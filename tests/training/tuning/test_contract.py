@@ -200,3 +200,10 @@ def test_an_image_that_cannot_be_opened_is_refused_by_its_row(tmp_path: Path) ->
     for name in ("a.png", "b.gif", "missing.png"):
         with pytest.raises(CorpusError, match=f"r7: {name} is no readable PNG, JPEG or WebP"):
             conversation(Row("r7", "made", "", "harmful", image=tmp_path / name))
+
+
+def test_an_image_with_too_many_pixels_is_refused_by_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(CorpusError, match=r"rows\.jsonl:3: r7: a\.png is no readable"):
+        conversation(Row("r7", "made", "", "harmful", image=tmp_path / "a.png", where="rows.jsonl:3"))

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import parse
 from guard_middleware.worker.weights import load
 from guard_training.corpus.rows import Row, Skipped
@@ -147,12 +148,16 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_counted(
     contract: Contract, recipe: SftSettings, rows: list[Row], tmp_path: Path
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"x")
+    whole = io.BytesIO()
+    Image.effect_noise((99, 99), 80).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:2000])
     bad = [
         replace(rows[0], id="long", prompt="bread " * 2000),
         replace(rows[1], id="silent", rationale=None),
         replace(rows[1], id="unlabelled", request=None),
         replace(rows[1], id="tagged", rationale="</think>"),
         replace(rows[1], id="unreadable", image=tmp_path / "bad.png"),
+        replace(rows[1], id="cut off", image=tmp_path / "cut.png"),
     ]
     skipped = Skipped()
     assert len(encode_rows(contract, [*bad, *rows], recipe.cutoff, skipped)) == len(rows)
@@ -162,10 +167,22 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_counted(
         "unlabelled",
         "tagged",
         "unreadable",
+        "cut off",
     ]
     assert "tokens, more than the cutoff of 800" in skipped.reasons[0]
     with pytest.raises(RecipeError, match="no row to train on"):
         _train(recipe, bad, tmp_path / "none")
+
+
+def test_a_row_whose_image_the_reader_cannot_decode_is_left_out(
+    contract: Contract, recipe: SftSettings, rows: list[Row]
+) -> None:
+    def read(data: bytes) -> str:
+        raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded")
+
+    skipped, pictured = Skipped(), next(row for row in rows if row.image)
+    assert encode_rows(contract, [replace(pictured, where="a.jsonl:3")], recipe.cutoff, skipped, read) == []
+    assert skipped.reasons == [f"a.jsonl:3: {pictured.id}: media: an image that cannot be decoded"]
 
 
 def test_drawn_text_is_trained_where_the_guard_is_served_with_it(

@@ -120,6 +120,6 @@ def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, 
             recipe, given.data, rows, given.output, skipped, console=console, read=read, steps=given.steps, cpu=cpu
         )
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        if skipped.reasons and not console.quiet:
+            console.print(skipped.report(given.output / "skipped.txt"), markup=False, highlight=False, soft_wrap=True)
     console.print(str(folder) if folder else "stopped; the same command goes on", highlight=False)

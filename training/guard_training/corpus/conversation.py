@@ -23,8 +23,8 @@ def conversation(row: Row) -> Conversation:
         try:
             with Image.open(row.image) as image:
                 mime = _FORMATS[image.format or ""]
-        except (OSError, KeyError):
-            raise CorpusError(f"{row.id}: {row.image.name} is no readable PNG, JPEG or WebP image") from None
+        except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
+            raise CorpusError(f"{row.name}: {row.image.name} is no readable PNG, JPEG or WebP image") from None
         parts.append(Blob(mime, row.image.read_bytes()))
     if row.prompt or not parts:
         parts.append(Text(row.prompt))

@@ -161,7 +161,7 @@ def readable(
             kept.append(row)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             skipped(
-                f"{row.id}: its image {row.image.name if row.image else ''} cannot be read ({type(error).__name__})"
+                f"{row.name}: its image {row.image.name if row.image else ''} cannot be read ({type(error).__name__})"
             )
     return kept
 

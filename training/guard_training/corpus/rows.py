@@ -35,7 +35,8 @@ class CorpusError(ValueError):
 class Row:
     """One labelled case. A label None means that the source does not label that side.
 
-    ``rationale`` is the text between ``<think>`` and ``</think>`` that a teacher wrote for it.
+    ``rationale`` is the text between ``<think>`` and ``</think>`` that a teacher wrote for it. ``where`` is the
+    ``file:line`` that it was read from, for messages; rows that differ in nothing else are equal.
     """
 
     id: str
@@ -48,6 +49,12 @@ class Row:
     licence: str = ""
     image: Path | None = None
     rationale: str | None = None
+    where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """How messages call it: ``file:line: id``, or its id where it was made and not read."""
+        return f"{self.where}: {self.id}" if self.where else self.id
 
 
 @dataclass(slots=True)
@@ -65,6 +72,14 @@ class Skipped:
             return ""
         more = [f"... and {len(self.reasons) - shown} more"] if len(self.reasons) > shown else []
         return "\n  ".join([f"{len(self.reasons)} rows left out:", *self.reasons[:shown], *more])
+
+    def report(self, file: Path, shown: int = 5) -> str:
+        """The summary; where it does not show every reason, all of them go to ``file``, which it names."""
+        if len(self.reasons) <= shown:
+            file.unlink(missing_ok=True)
+            return self.summary(shown)
+        file.write_text("".join(f"{reason}\n" for reason in self.reasons), "utf-8", "backslashreplace")
+        return f"{self.summary(shown)}: {file}"
 
 
 def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
@@ -129,14 +144,16 @@ def _rows(path: Path, bad: Callable[[str], object]) -> Iterator[Row]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        yield _row(line, path.parent)
+                        yield _row(line, path.parent, f"{path.name}:{number}")
                     except (ValueError, RecursionError) as error:
                         bad(f"{path.name}:{number}: not a labelled row ({error}); docs/training.md shows one")
     except _BROKEN as error:
         bad(f"{path.name}:{number + 1}: the file is broken or cut off from here on ({type(error).__name__})")
+    except IsADirectoryError:
+        raise CorpusError(f"{path} is a folder; give a file of rows in it") from None
 
 
-def _row(line: bytes, folder: Path) -> Row:
+def _row(line: bytes, folder: Path, where: str) -> Row:
     value = json.loads(line.decode())
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -155,6 +172,7 @@ def _row(line: bytes, folder: Path) -> Row:
         licence=_text(value, "licence") or "",
         image=picture,
         rationale=_text(value, "rationale") or None,
+        where=where,
     )
 
 
@@ -186,14 +204,23 @@ def _label(value: Mapping[str, Any], key: str) -> Label | None:
 
 def labelled(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
     """The rows whose request or given answer has a label, the first of every id."""
+
+    def checked() -> Iterator[Row]:
+        for row in rows:
+            if row.request is None and not (row.response and row.response_label):
+                skipped(f"{row.name}: no label of the request or of a given answer")
+            else:
+                yield row
+
+    return distinct(checked(), skipped)
+
+
+def distinct(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
+    """The first row of every id: what is written under an id is found again by it."""
     kept: dict[str, Row] = {}
     for row in rows:
-        if row.id in kept:
-            skipped(f"{row.id}: a second row with this id")
-        elif row.request is None and not (row.response and row.response_label):
-            skipped(f"{row.id}: no label of the request or of a given answer")
-        else:
-            kept[row.id] = row
+        if kept.setdefault(row.id, row) is not row:
+            skipped(f"{row.name}: a second row with this id")
     return list(kept.values())
 
 

@@ -71,7 +71,7 @@ def needed(rows: Sequence[Row], asking: Asking, skipped: Skipped) -> list[tuple[
                 raise CorpusError("nothing to judge: no prompt, response or image")
             out.append((row, prompt_tokens(row, side=asking.side, image_tokens=asking.image_tokens)))
         except CorpusError as error:
-            skipped(f"{row.id}: {error}")
+            skipped(f"{row.name}: {error}")
     return out
 
 

@@ -31,8 +31,11 @@ def augment(
 ) -> None:
     """Writes ``output`` (and the held-out rows beside it); goes on with one that was begun.
 
-    Raises ``ValueError`` where the rows do not give enough pairs, and ``OutputError`` for an output of another run.
+    Raises ``ValueError`` for a share outside its bounds and for rows that do not give enough pairs, ``OutputError`` for
+    an output of another run.
     """
+    if not 0 <= held_out_share < 1:
+        raise ValueError("the share of held-out rows lies between 0 and 1, 1 excluded")
     skipped = Skipped()
     rows = _usable(read_good_rows(source, skipped), skipped)
     validation = [row for row in rows if held_out(row.id, held_out_share)]
@@ -64,7 +67,7 @@ def augment(
     with Journal(output) as journal:
         console.print(table(journal))
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False, soft_wrap=True)
+        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
@@ -75,7 +78,7 @@ def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
             if row.image is not None:
                 size_of(row.image)
         except CorpusError as error:
-            skipped(f"{row.id}: {error}")
+            skipped(f"{row.name}: {error}")
         else:
             kept.append(row)
     return kept

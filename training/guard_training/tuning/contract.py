@@ -122,8 +122,12 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def pictures(row: Row) -> list[Image.Image]:
-    """The pictures of a row, in the order of the prompt's pads."""
-    return [open_image(blob.data) for blob in conversation(row).blobs()]
+    """The pictures of a row, in the order of the prompt's pads. Raises ``CorpusError``."""
+    blobs = conversation(row).blobs()
+    try:
+        return [open_image(blob.data) for blob in blobs]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorpusError(f"{row.name}: its image cannot be decoded ({type(error).__name__})") from None
 
 
 def target(row: Row, rationale: str) -> str:
@@ -133,13 +137,13 @@ def target(row: Row, rationale: str) -> str:
     that holds a tag of the form.
     """
     if row.request is None:
-        raise CorpusError(f"{row.id}: the request has no label; let `guard-train synthesize` decide it")
+        raise CorpusError(f"{row.name}: the request has no label; let `guard-train synthesize` decide it")
     if not rationale.strip():
-        raise CorpusError(f"{row.id}: no rationale; write one with `guard-train synthesize`")
+        raise CorpusError(f"{row.name}: no rationale; write one with `guard-train synthesize`")
     try:
         return completion(rationale, row.request, row.response_label if row.response else None)
     except ValueError as error:
-        raise CorpusError(f"{row.id}: {error}") from None
+        raise CorpusError(f"{row.name}: {error}") from None
 
 
 class ImageTextProcessor(Qwen2_5_VLProcessor):

@@ -90,7 +90,8 @@ def reject(
                 progress.advance(task, len(batch))
         lines = list(journal)
     counts = {line["id"]: from_json(line) for line in lines if "bad" not in line}
-    skipped.reasons += [f"{line['id']}: {line['bad']}" for line in lines if "bad" in line]
+    names = {row.id: row.name for row in rows}
+    skipped.reasons += [f"{names[line['id']]}: {line['bad']}" for line in lines if "bad" in line]
     kept = select(
         rows,
         counts,
@@ -108,7 +109,7 @@ def reject(
     console.print(table(groups, sampling.k))
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False, soft_wrap=True)
+        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
 
 
 def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -127,7 +128,7 @@ def sample_batch(
         try:
             asked.append((row, *_prompt(row, contract, seed=seed, read=read)))
         except (GuardError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            lines.append({"id": row.id, "bad": str(error)})
+            lines.append({"id": row.id, "bad": str(error).removeprefix(f"{row.name}: ")})
     if asked:
         found = sampler.sample([prompt for _, prompt, _ in asked])
         for (row, _, answered), samples in zip(asked, found, strict=True):

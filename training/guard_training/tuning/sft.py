@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from guard_middleware.errors import GuardError
 from guard_middleware.guard.prompt import ImageSlot, expand_images
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
@@ -67,7 +68,7 @@ def encode_row(contract: Contract, row: Row, cutoff: int, drawn_text: Sequence[s
     prompt = contract.encode(row, drawn_text).ids
     tokens = len(contract.expand(prompt, pictures(row))) + len(answer)
     if tokens > cutoff:
-        raise CorpusError(f"{row.id}: {tokens} tokens, more than the cutoff of {cutoff}")
+        raise CorpusError(f"{row.name}: {tokens} tokens, more than the cutoff of {cutoff}")
     return Example(prompt, answer, str(row.image or ""), tokens)
 
 
@@ -82,6 +83,8 @@ def encode_rows(
             examples.append(encode_row(contract, row, cutoff, drawn))
         except CorpusError as error:
             skipped(str(error))
+        except GuardError as error:
+            skipped(f"{row.name}: {error}")
     return examples
 
 
