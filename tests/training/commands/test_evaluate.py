@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from guard_training.commands import evaluate
+from guard_training.corpus.rows import Skipped
 from guard_training.evaluation import measure
 from guard_training.evaluation.outcomes import read_outcomes
 
@@ -85,7 +86,7 @@ def test_one_run_writes_figures_outcomes_and_report_and_names_bad_rows(
     assert summary["left_out"] == 2
     assert {one["source"]: one["recall"]["value"] for one in summary["sources"]} == {"bread": 2 / 6, "locks": 2 / 6}
     assert summary["sources"][0]["scores"]["auc"]["value"] == pytest.approx(0.5)
-    outcomes = read_outcomes(out / "a.jsonl")
+    outcomes = read_outcomes(out / "a.jsonl", Skipped())
     assert [one.id for one in outcomes] == [f"r{n}" for n in range(24)]
     assert "2 rows left out" in printed
     assert "dev.jsonl.gz:25" in printed
@@ -157,7 +158,7 @@ def test_the_papers_benchmarks(
         # the outputs of the same guard, not in the one form
         said = [
             {"id": one.id, "output": f"so: request: {one.request} response: {one.response}"}
-            for one in read_outcomes(live)
+            for one in read_outcomes(live, Skipped())
         ]
         call("--benchmark", tmp_path, "--predictions", f"g={lines(live, said)}", "--mode", "paper", "--json", out)
     summary = json.loads(out.read_text())
@@ -208,7 +209,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert f"{written} of 30 rows are in" in again.stdout
     assert f"{30 - written} are left to ask" in again.stdout
-    assert [one.id for one in read_outcomes(out)] == [str(n) for n in range(30)]
+    assert [one.id for one in read_outcomes(out, Skipped())] == [str(n) for n in range(30)]
     assert not journal.exists()
 
 
@@ -238,6 +239,16 @@ def test_a_wrong_input_is_refused_with_the_remedy(data: Path, tmp_path: Path, ar
     }
     with pytest.raises(ValueError, match=why):
         call(*(one.format(**places) for one in arguments))
+
+
+@pytest.mark.parametrize("option", ["--limit", "--concurrency"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_a_count_below_one_is_a_wrong_command_line(
+    option: str, value: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        call("--data", data, "--model", "nano", option, value)
+    assert option in capsys.readouterr().err
 
 
 def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:

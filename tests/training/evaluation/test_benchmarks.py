@@ -51,13 +51,14 @@ def _picture_row(text: str, answer: str, image: str) -> dict[str, Any]:
 
 def test_plain_labels(tmp_path: Path) -> None:
     rows = [_text("hello", "unharmful"), _text("bye", "harmful"), _text("hm", None), {"input": "no header"}]
+    rows += [{"input": 5, "output": "harmful"}, _text("hi", 1)]  # type: ignore[arg-type]
     skipped = Skipped()
     found = read_benchmark(BENCHMARKS["ToxicChat"], _write(tmp_path / "ToxicChat.json", rows), skipped)
     assert [(row.id, row.source, row.prompt, row.request, row.response) for row in found] == [
         ("ToxicChat:0", "ToxicChat", "hello", "unharmful", None),
         ("ToxicChat:1", "ToxicChat", "bye", "harmful", None),
     ]
-    assert skipped.reasons == ["ToxicChat.json: row 3: not of its form"]
+    assert skipped.reasons == [f"ToxicChat.json: row {number}: not of its form" for number in (3, 4, 5)]
 
 
 def test_blocks_count_for_the_files_own_task_and_none_is_unharmful(tmp_path: Path) -> None:

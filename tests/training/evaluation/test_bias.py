@@ -94,15 +94,19 @@ def test_a_teacher_is_read_in_each_of_its_forms_and_bad_lines_are_named(tmp_path
         {"request": "harmful"},
         {"id": "6"},
         ["7"],
+        {"id": 8, "request": "harmful"},
     ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\nno\n")
-    assert read_teacher(file, skipped) == {"1": {"request": "harmful"}, "2": {"response": "unharmful"}, "3": {}}
-    assert [reason.split(": ")[0] for reason in skipped.reasons] == [f"teacher.jsonl:{n}" for n in (4, 5, 6, 7, 9)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\nno\n" + "[" * 100_000)
+    assert read_teacher(file, skipped) == {
+        "1": {"request": "harmful"}, "2": {"response": "unharmful"}, "3": {}, "8": {"request": "harmful"},
+    }  # fmt: skip
+    assert [reason.split(": ")[0] for reason in skipped.reasons] == [f"teacher.jsonl:{n}" for n in (4, 5, 6, 7, 10, 11)]
 
 
 def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes, teacher, out = (tmp_path / name for name in ("nano.jsonl", "teacher.jsonl", "bias.json"))
+    outcomes, teacher, out = (tmp_path / name for name in ("nano.jsonl", "teacher.jsonl", "new/bias.json"))
     write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4)) for n in range(10)])
+    outcomes.write_text(outcomes.read_text() + "no\n")
     teacher.write_text("".join(f'{{"id": "{n}", "request": "{_LABEL[int(n > 4)]}"}}\n' for n in range(10)) + "no\n")
     command.run(_parse("--outcomes", str(outcomes), "--teacher", str(teacher), "--json", str(out)))
     (entry,) = json.loads(out.read_text())["sources"]
@@ -112,6 +116,7 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "locks" in printed
     assert "teacher.jsonl:11" in printed
+    assert "nano.jsonl:11" in printed
 
 
 def test_files_without_a_common_row_are_said_so(tmp_path: Path) -> None:

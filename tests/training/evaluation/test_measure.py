@@ -78,6 +78,18 @@ def test_every_row_gets_its_own_answer(scripted: None) -> None:
     assert all(one.seconds and one.reasoning_tokens == 6 for one in found)
 
 
+@pytest.mark.parametrize(
+    ("does", "words"), [("sleep 60", "was not ready after 1 s"), ("echo no GPU", "ended:\nno GPU")]
+)
+def test_a_worker_that_does_not_come_up_is_told_from_one_that_ends(
+    does: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_command", lambda *_: ["/bin/sh", "-c", f"exec {does}"])
+    monkeypatch.setattr(measure, "START_SECONDS", 1.0)
+    with pytest.raises(WorkerFailed, match=words), measure.worker("any"):
+        pass
+
+
 def test_a_run_whose_worker_dies_says_so_and_goes_on_from_its_journal(scripted: None, tmp_path: Path) -> None:
     rows = [Row(str(n), "locks", f"row {n} [wait 0.05]", "unharmful") for n in range(40)]
     journal = tmp_path / "out.jsonl.journal"

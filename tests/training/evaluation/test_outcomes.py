@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.types import Usage, Verdict
-from guard_training.corpus.rows import Row
+from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation.outcomes import (
     Outcome,
     OutcomeError,
@@ -101,20 +101,32 @@ _GOOD = {"id": "1", "source": "s", "modality": "text", "request_label": "harmful
         ({"reasoning_tokens": -1}, "not a count"),
         ({"prompt": "text of the row"}, "unknown key 'prompt'"),
         ({"id": 3}, "3 is not a text"),
+        ({"seconds": 10**400}, "too large"),
+        ({"id": "0"}, "id '0' a second time"),
     ],
 )
-def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, change: dict[str, object], why: str) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text(json.dumps({**_GOOD, "id": "0"}) + "\n" + json.dumps({**_GOOD, **change}) + "\n")
-    with pytest.raises(OutcomeError, match=r"out\.jsonl:2: .*" + why):
-        read_outcomes(path)
+def test_a_bad_line_is_named_with_its_reason_and_the_others_go_on(
+    tmp_path: Path, change: dict[str, object], why: str
+) -> None:
+    path, skipped = tmp_path / "out.jsonl", Skipped()
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in ({**_GOOD, "id": "0"}, {**_GOOD, **change}, {**_GOOD, "id": "2"}))
+    )
+    assert [one.id for one in read_outcomes(path, skipped)] == ["0", "2"]
+    (reason,) = skipped.reasons
+    assert reason.startswith("out.jsonl:2: ")
+    assert why in reason
 
 
-def test_a_file_of_outcomes_is_read_back_and_refuses_an_id_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "no\n", "[" * 100_000 + "\n"])
+def test_a_file_without_an_outcome_says_who_writes_them(tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.jsonl").write_text(content)
+    with pytest.raises(OutcomeError, match="evaluate --outcomes"):
+        read_outcomes(tmp_path / "out.jsonl", Skipped())
+
+
+def test_a_file_of_outcomes_is_read_back(tmp_path: Path) -> None:
     one = from_json(_GOOD)
     write_outcomes(tmp_path / "a" / "out.jsonl", [one])
-    assert read_outcomes(tmp_path / "a" / "out.jsonl") == [one]
+    assert read_outcomes(tmp_path / "a" / "out.jsonl", Skipped()) == [one]
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["out.jsonl"]
-    write_outcomes(tmp_path / "twice.jsonl", [one, one])
-    with pytest.raises(OutcomeError, match="a second time"):
-        read_outcomes(tmp_path / "twice.jsonl")

@@ -150,7 +150,8 @@ def test_a_response_is_changed_and_the_request_left(tmp_path: Path) -> None:
 def test_bad_translations_are_named_and_the_good_ones_used(tmp_path: Path) -> None:
     file, skipped = tmp_path / "t.jsonl", Skipped()
     file.write_text(
-        '{"id": "b1", "language": "ko", "text": "빵"}\n{"id": "b1"}\nno\n[]\n{"id": 1, "language": "ko", "text": "x"}\n'
+        '{"id": "b1", "language": "ko", "text": "빵"}\n{"id": "b1"}\nno\n[]\n'
+        '{"id": 1.5, "language": "ko", "text": "x"}\n'
     )
     assert read_translations(file, skipped) == {"ko": {"b1": "빵"}}
     assert [reason.split(": ")[0] for reason in skipped.reasons] == [f"t.jsonl:{n}" for n in (2, 3, 4, 5)]

@@ -45,10 +45,10 @@ def test_scores_become_calls_at_one_half_unless_the_call_is_given(tmp_path: Path
 
 def test_a_row_without_a_line_is_missing_and_wrong(tmp_path: Path) -> None:
     found, skipped = _read(
-        tmp_path, [{"id": "1", "request_score": 0.7}, {"id": "2", "request_score": 7}, "{", {"id": 1}]
+        tmp_path, [{"id": 1, "request_score": 0.7}, {"id": "2", "request_score": 7}, "[" * 100_000, {"id": 1.0}]
     )
     assert [one.error for one in found] == [None, "missing", "missing"]
-    assert [reason.split(": ")[0] for reason in skipped.reasons] == ["other.jsonl:3", "other.jsonl:4", "other.jsonl"]
+    assert [reason.split(": ")[0] for reason in skipped.reasons] == ["other.jsonl:3", "other.jsonl:4", "other.jsonl:2"]
     summary = summarise(found, model="other", revision=None)
     assert summary["sources"][0]["false_positive_rate"]["value"] == 1.0
     assert summary["format_compliance"]["value"] == 1.0

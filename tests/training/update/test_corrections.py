@@ -123,6 +123,10 @@ def test_an_image_alone_or_with_words_before_it(tmp_path: Path, picture: str) ->
         ({**GOOD, "content": {"image": "../a.png"}}, "outside the file's folder"),
         ({**GOOD, "content": {"image": "none.png"}}, "no readable PNG"),
         ({**GOOD, "request_label": "harmful"}, "request_label is for content with an answer"),
+        ({**GOOD, "content": "half \ud800"}, "half of a surrogate pair"),
+        ({**GOOD, "category": 5}, "category must be a text"),
+        ({**GOOD, "rationale": ["x"]}, "rationale must be a text"),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_bad_line_is_named_and_the_others_go_on(tmp_path: Path, line: Any, reason: str) -> None:

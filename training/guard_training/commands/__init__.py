@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from rich.console import Console
@@ -10,3 +11,11 @@ from rich.console import Console
 def terminal(width: int) -> Console:
     """Where tables go: as wide as the terminal, or ``width`` columns where they go to a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=width)
+
+
+def count(text: str) -> int:
+    """A number of rows, questions or the like, from the command line: at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import terminal
+from guard_training.commands import count, terminal
 
 _ABOUT = """\
 Asks whether a guard's reasoning bears on its verdict. Every row is judged once as it is served; then the label is
@@ -29,7 +29,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows, .jsonl or .jsonl.gz")
     command.add_argument("--model", required=True, help="nano, a folder, or a hub id")
-    command.add_argument("--limit", type=int, metavar="N", help="at most N rows of each source, drawn from the seed")
+    command.add_argument("--limit", type=count, metavar="N", help="at most N rows of each source, drawn from the seed")
     command.add_argument("--output", type=Path, default=Path("audit"), metavar="DIR", help="default: audit")
     command.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     command.set_defaults(run=run)

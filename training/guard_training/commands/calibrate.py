@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard_training.commands import terminal
+from guard_training.commands import count, terminal
 
 if TYPE_CHECKING:
     from guard_middleware.worker.weights import ModelFacts
@@ -42,9 +42,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option("--data", type=Path, required=True, nargs="+", metavar="FILE", help="labelled rows")
     option("--output", type=Path, required=True, metavar="FILE", help="where to write, such as DIR/calibration.json")
     option("--every-row", action="store_true", help="all rows of --data: the guard was trained on none of them")
-    option("--limit", type=int, default=200, metavar="N", help="at most N rows of each source (default 200)")
+    option("--limit", type=count, default=200, metavar="N", help="at most N rows of each source (default 200)")
     option("--report", type=Path, metavar="FILE", help="also write an HTML page with reliability plots")
-    option("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    option("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     command.set_defaults(run=run)
 
 

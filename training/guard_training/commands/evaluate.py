@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from guard_training.commands import terminal
+from guard_training.commands import count, terminal
 
 if TYPE_CHECKING:
     from guard_training.corpus.rows import Row, Skipped
@@ -87,9 +87,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="outcomes (or evaluate's JSON) of another guard: paired differences",
     )
     option("--mode", choices=("strict", "paper"), default="strict", help="how outputs are read and counted")
-    option("--limit", type=int, metavar="N", help="at most N rows of each source, drawn from a fixed seed")
+    option("--limit", type=count, metavar="N", help="at most N rows of each source, drawn from a fixed seed")
     option("--leave-out", nargs="+", default=[], metavar="CATEGORY", help="no rows of these categories")
-    option("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    option("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     option("--json", type=Path, metavar="FILE", help="also write the figures here")
     option("--outcomes", type=Path, metavar="FILE", help="also write what was said about each row, without its text")
     option("--report", type=Path, metavar="FILE", help="also write an HTML page with tables and plots")
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace) -> None:
 
     console = terminal(_WIDTH)
     skipped = Skipped()
-    other = read_outcomes(_outcomes_of(given.against)) if given.against else None
+    other = read_outcomes(_outcomes_of(given.against), skipped) if given.against else None
     rows = _rows(given, skipped)
     outcomes = _answers(given, rows, skipped, console)
     summaries = {name: _summary(name, found, given) for name, found in outcomes.items()}
@@ -115,7 +115,7 @@ def run(given: argparse.Namespace) -> None:
     compared = None
     if other is not None:
         # two models of one name are told apart by their revisions
-        theirs = f"{other[0].model} {other[0].revision}".strip() if other else given.against.name
+        theirs = f"{other[0].model} {other[0].revision}".strip()
         ours = f"{first} {summaries[first]['revision'] or ''}".strip()
         compared = {"ours": ours, "theirs": theirs, **compare(outcomes[first], other, mode=given.mode)}
     for sheet in tables.all_sheets(summaries, compared):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import terminal
+from guard_training.commands import count, terminal
 
 _ABOUT = """\
 Leaves one source (or one group of sources) out of training, trains, and measures on what was left out: recall, false
@@ -36,9 +36,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--groups", nargs="+", metavar="SOURCE[+SOURCE]", help="what each fold leaves out (default: each source alone)"
     )
     command.add_argument("--quick", action="store_true", help="only the linear baseline")
-    command.add_argument("--limit", type=int, default=500, metavar="N", help="rows of a source asked (default 500)")
+    command.add_argument("--limit", type=count, default=500, metavar="N", help="rows of a source asked (default 500)")
     command.add_argument("--output", type=Path, default=Path("generalise"), metavar="DIR", help="default: generalise")
-    command.add_argument("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    command.add_argument("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     command.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     command.add_argument("options", nargs="*", metavar="-- OPTION", help="for `guard-train nano`")
     command.set_defaults(run=run)

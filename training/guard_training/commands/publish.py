@@ -7,6 +7,8 @@ import datetime
 import sys
 from pathlib import Path
 
+from guard_training.commands import count
+
 _ABOUT = """\
 Checks a revision of a guard (every file against SHA256SUMS, the weights load completely, the card has results measured
 with these weights, the lineage is there), and copies it to a folder or pushes it to the Hugging Face hub.
@@ -45,7 +47,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--licence", help="of the weights (default: that of the folder's card)")
     arg("--limits", type=Path, metavar="FILE", help="Markdown for the card's limits section")
     arg("--date", metavar="ISO", help="date of the revision (default: now)")
-    arg("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    arg("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     publish.set_defaults(run=run)
 
 

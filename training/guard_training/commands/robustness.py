@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import terminal
+from guard_training.commands import count, terminal
 
 _ABOUT = """\
 Asks a guard about every row as it is and in other writings: drawn into an image, with invisible characters, with
@@ -32,14 +32,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     command.add_argument("--model", required=True, help="nano, a folder, or a hub id")
-    command.add_argument("--limit", type=int, metavar="N", help="at most N rows of each source, drawn from the seed")
+    command.add_argument("--limit", type=count, metavar="N", help="at most N rows of each source, drawn from the seed")
     command.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
     )
     command.add_argument("--side", choices=("request", "response"), default="request", help="which text is rewritten")
     command.add_argument("--translations", type=Path, metavar="FILE", help="JSONL of {id, language, text}")
     command.add_argument("--output", type=Path, default=Path("robustness"), metavar="DIR", help="default: robustness")
-    command.add_argument("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    command.add_argument("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     command.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     command.set_defaults(run=run)
 

@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from guard_training.commands import count
+
 _ABOUT = """\
 The ablations of online RL in one command: trains the recipe in full, without augmented rows, without dynamic clipping,
 without the length reward (r = -1 + r_safety), as Eco (beta = 1/6), on RL's rows of text alone and of images alone,
@@ -35,8 +37,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--model", help="the guard after SFT: a folder, nano, or a hub id (default: the recipe's)")
     arg("--set", action="append", default=[], metavar="KEY=VALUE", help="change a constant of the recipe")
     arg("--variants", nargs="+", metavar="NAME", help="only these (default: all)")
-    arg("--limit", type=int, metavar="N", help="measure on at most N rows of each source")
-    arg("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    arg("--limit", type=count, metavar="N", help="measure on at most N rows of each source")
+    arg("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     arg("--launch", metavar="COMMAND", help="how guard-train is started for training")
     sweep.set_defaults(run=run)
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guard_training.commands import count
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -61,8 +63,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--set-rl", action="append", default=[], metavar="KEY=VALUE", help="change a constant of the RL recipe")
     arg("--margin", type=float, default=0.02, metavar="X", help="what a source may lose, 0..1 (default 0.02)")
     arg("--allow-chance", action="store_true", help="refuse only losses that the paired 95 %% interval makes certain")
-    arg("--limit", type=int, metavar="N", help="measure on at most N rows of each source")
-    arg("--concurrency", type=int, default=12, metavar="N", help="questions under way (default 12)")
+    arg("--limit", type=count, metavar="N", help="measure on at most N rows of each source")
+    arg("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     arg("--date", metavar="ISO", help="date of the revision (default: now)")
     arg("--licence", help="of the revision (default: that of the current guard's card)")
     arg("--limits", type=Path, metavar="FILE", help="Markdown for the card's limits section")

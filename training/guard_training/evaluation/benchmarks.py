@@ -107,7 +107,7 @@ def read_benchmark(benchmark: Benchmark, file: Path, skipped: Skipped, *, images
             row = _row(benchmark, number, raw)
             if benchmark.hub_label is not None:
                 row = dataclasses.replace(row, image=_picture(raw, folder, ordered, number, len(value)))
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             skipped(f"{file.name}: row {number}: {error if isinstance(error, ValueError) else 'not of its form'}")
             continue
         if row.request is not None or row.response_label is not None:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Skipped, open_text
+from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
 from guard_training.evaluation.robustness import rate_json
 from guard_training.evaluation.stats import Array, Rate, percentiles
@@ -132,15 +133,17 @@ def read_teacher(path: Path, skipped: Skipped) -> dict[str, dict[Side, Label]]:
                 try:
                     value = json.loads(line)
                     found[_id(value)] = _labels(value)
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
                     skipped(f"{path.name}:{number}: not a teacher's label ({error})")
     return found
 
 
 def _id(value: Mapping[str, Any]) -> str:
-    if not isinstance(value.get("id"), str):
+    id = value.get("id")
+    # a whole number, as rows of data may count theirs
+    if not isinstance(id, str) and type(id) is not int:
         raise ValueError("no id")
-    return cast(str, value["id"])
+    return str(id)
 
 
 def _labels(value: Mapping[str, Any]) -> dict[Side, Label]:
@@ -205,7 +208,7 @@ def report_bias(outcomes: Path, teacher: Path, *, json_file: Path | None, consol
     skipped = Skipped()
     with Progress(console=console) as progress:
         task = progress.add_task("comparing labels", total=3)
-        said = read_outcomes(outcomes)
+        said = read_outcomes(outcomes, skipped)
         progress.advance(task)
         taught = read_teacher(teacher, skipped)
         progress.advance(task)
@@ -226,7 +229,7 @@ def report_bias(outcomes: Path, teacher: Path, *, json_file: Path | None, consol
         "sources": entries,
     }
     if json_file:
-        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(report, json_file)
     print_table(report, console)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)

@@ -37,7 +37,8 @@ from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_j
 from guard_training.evaluation.tables import cell as cell
 from guard_training.journal import Journal
 
-START_SECONDS = 120.0
+#: Weights of 7B from a cold disk, and vLLM's compilation, take minutes; a worker that ends is noticed at once.
+START_SECONDS = 1800.0
 DEADLINE_SECONDS = 120.0
 _RUNNING = "unix:"
 
@@ -105,7 +106,8 @@ def _wait(process: subprocess.Popen[bytes], socket: str, log: Path) -> None:
                     if client.get("/ready").status_code == 200:
                         return
             time.sleep(0.2)
-    raise WorkerFailed(f"the worker did not start:\n{log.read_text(errors='replace')[-2000:]}")
+    how = "ended" if process.poll() is not None else f"was not ready after {START_SECONDS:.0f} s"
+    raise WorkerFailed(f"the worker did not start, it {how}:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 async def ask_all(

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 from guard_middleware.errors import GuardError
 from guard_middleware.types import Label, Verdict
-from guard_training.corpus.rows import Row, open_text
+from guard_training.corpus.rows import Row, Skipped, open_text
 
 Modality = Literal["text", "image", "text_image"]
 Side = Literal["request", "response"]
@@ -137,7 +137,7 @@ def from_json(value: Mapping[str, Any]) -> Outcome:
         )
     except KeyError as error:
         raise OutcomeError(f"{error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise OutcomeError(str(error)) from None
 
 
@@ -150,8 +150,11 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     part.replace(path)
 
 
-def read_outcomes(path: Path) -> list[Outcome]:
-    """Outcomes of a ``.jsonl`` or ``.jsonl.gz`` file, in order. Raises ``OutcomeError`` with the line."""
+def read_outcomes(path: Path, skipped: Skipped) -> list[Outcome]:
+    """Outcomes of a ``.jsonl`` or ``.jsonl.gz`` file, in order; a bad line goes to ``skipped``.
+
+    Raises ``OutcomeError`` where no line is good.
+    """
     found: dict[str, Outcome] = {}
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
@@ -164,11 +167,14 @@ def read_outcomes(path: Path) -> list[Outcome]:
                 one = from_json(value)
                 if one.id in found:
                     raise OutcomeError(f"id {one.id!r} a second time")
-            except ValueError as error:
-                raise OutcomeError(
-                    f"{path.name}:{number}: not an outcome ({error}); `guard-train evaluate --outcomes` writes them"
-                ) from None
-            found[one.id] = one
+            except (ValueError, RecursionError) as error:
+                skipped(f"{path.name}:{number}: not an outcome ({error})")
+            else:
+                found[one.id] = one
+    if not found:
+        raise OutcomeError(
+            f"{path}: not an outcome in it; `guard-train evaluate --outcomes` writes them; {skipped.summary()}"
+        )
     return list(found.values())
 
 

@@ -190,9 +190,10 @@ def read_translations(path: Path, skipped: Skipped) -> dict[str, dict[str, str]]
             try:
                 value = json.loads(line)
                 id, language, text = (value[key] for key in ("id", "language", "text"))
+                id = str(id) if type(id) is int else id
                 if not all(isinstance(item, str) and item for item in (id, language, text)):
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 skipped(f"{path.name}:{number}: a translation is {{'id': text, 'language': text, 'text': text}}")
             else:
                 found[language][id] = text

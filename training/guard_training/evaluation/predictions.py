@@ -45,36 +45,39 @@ def read_predictions(path: Path, name: str, rows: Sequence[Row], mode: Mode, ski
     outcomes = []
     for row in rows:
         start = blank(row, model=name)
-        value = lines.get(row.id)
+        number, value = lines.get(row.id, (0, None))
         if value is None:
             outcomes.append(dataclasses.replace(start, error=MISSING))
             continue
         try:
             outcomes.append(_outcome(start, value, mode))
         except OutcomeError as error:
-            skipped(f"{path.name}: {row.id}: {error}")
+            skipped(f"{path.name}:{number}: {row.id}: {error}")
             outcomes.append(dataclasses.replace(start, error=MISSING))
     if not any(row.id in lines for row in rows):
         raise OutcomeError(f"{path}: no line has the id of a row of the data; ids must be those of the data file")
     return outcomes
 
 
-def _lines(path: Path, skipped: Skipped) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _lines(path: Path, skipped: Skipped) -> dict[str, tuple[int, dict[str, Any]]]:
+    """The number of the line and its object, by row id."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
-            if not isinstance(value, dict) or not isinstance(value.get("id"), str):
+            id = value.get("id") if isinstance(value, dict) else None
+            # a whole number, as rows of data may count theirs
+            if not isinstance(id, str) and type(id) is not int:
                 skipped(f"{path.name}:{number}: no object with a text id")
-            elif value["id"] in found:
-                skipped(f"{path.name}:{number}: id {value['id']!r} a second time")
+            elif str(id) in found:
+                skipped(f"{path.name}:{number}: id {str(id)!r} a second time")
             else:
-                found[value["id"]] = value
+                found[str(id)] = (number, value)
     return found
 
 

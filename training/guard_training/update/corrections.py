@@ -42,7 +42,7 @@ from guard_middleware.types import (
 )
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.leakage import words
-from guard_training.corpus.rows import CorpusError, Row, Skipped, open_text
+from guard_training.corpus.rows import CorpusError, Row, Skipped, encodable, open_text
 from guard_training.rowfile import digest
 
 SOURCE = "corrections"
@@ -127,7 +127,7 @@ def read_corrections(path: Path, skipped: Skipped, log: Mapping[str, Logged] | N
             where = f"{path.name}:{number}"
             try:
                 found.append(_correction(json.loads(line), path.parent, where, log))
-            except (CorpusError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except (CorpusError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 skipped(f"{where}: {_reason(error)}")
     return found
 
@@ -143,6 +143,8 @@ def _correction(value: Any, folder: Path, where: str, log: Mapping[str, Logged] 
         raise CorpusError("not an object")
     if unknown := sorted(value.keys() - _KEYS):
         raise CorpusError(f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
+    if not encodable(json.dumps(value, ensure_ascii=False)):
+        raise CorpusError("a text holds half of a surrogate pair")
     decision, reviewer = _text(value, "decision"), _text(value, "reviewer")
     label, request = _label(value["label"]), _label(value["request_label"]) if value.get("request_label") else None
     base = Lesson(
@@ -150,8 +152,8 @@ def _correction(value: Any, folder: Path, where: str, log: Mapping[str, Logged] 
         source=SOURCE,
         prompt="",
         request=None,
-        category=value.get("category"),
-        rationale=value.get("rationale") or None,
+        category=_text(value, "category") if value.get("category") else None,
+        rationale=_text(value, "rationale") if value.get("rationale") else None,
     )
     lesson = _with_content(base, value["content"], folder)
     answered = lesson.response is not None
@@ -286,7 +288,7 @@ def read_log(paths: Iterable[Path], skipped: Skipped) -> dict[str, Logged]:
                     continue
                 try:
                     found |= _log_line(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     skipped(f"{path.name}:{number}: not a line of the decision log")
     return found
 
