@@ -36,6 +36,14 @@ from guard_training.corpus.rows import read_rows
 from guard_training.rowfile import OutputError
 from guard_training.tuning.contract import target
 
+_NO_COMPLETIONS = {
+    "page": ("text/html", "<html>a web page</html>"),
+    "half": ("application/json", '{"choices": ['),
+    "list": ("application/json", "[]"),
+    "error": ("application/json", '{"error": {"message": "no provider", "code": 502}}'),
+    "mute": ("application/json", '{"choices": [{"index": 0}]}'),
+}
+
 
 class ScriptedTeacher:
     """Answers with the verdict that the prompt states. ``[word n]`` in a prompt bends the first n answers to it."""
@@ -64,6 +72,12 @@ class ScriptedTeacher:
             status = {"down": 500, "wrong": 400, "key": 401, "quota": 429}[word]
             code = "insufficient_quota" if word == "quota" else None
             return JSONResponse({"error": {"message": word, "code": code}}, status)
+        if word in _NO_COMPLETIONS:
+            return Response(_NO_COMPLETIONS[word][1], media_type=_NO_COMPLETIONS[word][0])
+        if word == "older" and "max_tokens" not in body:
+            return JSONResponse(
+                {"detail": [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}]}, 422
+            )
         verdict = dict(re.findall(r"^(Request|Response): (.+)$", text.split("Verdict:")[1], re.M))
         said = {side: "harmful" if label == "decide yourself" else label for side, label in verdict.items()}
         if word == "contrary":
@@ -306,6 +320,25 @@ def test_a_teacher_that_cannot_be_had_ends_the_run(teacher: Teacher, tmp_path: P
     assert len(scripted.bodies) <= most
 
 
+@pytest.mark.parametrize("word", _NO_COMPLETIONS)
+def test_what_is_no_completion_leaves_the_row_for_the_next_run(teacher: Teacher, tmp_path: Path, word: str) -> None:
+    rows = rows_file(tmp_path, [*asks(1), {"id": "odd", "prompt": f"[{word} 1]", "prompt_label": "harmful"}])
+    output = tmp_path / "taught.jsonl"
+    with pytest.raises(ValueError, match="1 rows were out of the teacher's reach"):
+        call(rows, output, teacher[1])
+    assert [line["id"] for line in lines(output)] == ["r0"]
+    call(rows, output, teacher[1])
+    assert {line["id"] for line in lines(output)} == {"r0", "odd"}
+
+
+def test_a_server_that_knows_only_the_older_name_of_the_bound_is_asked_by_it(teacher: Teacher, tmp_path: Path) -> None:
+    scripted, url = teacher
+    call(rows_file(tmp_path, asks(8, "[older 99]")), tmp_path / "taught.jsonl", url, "--concurrency", 4)
+    assert len(lines(tmp_path / "taught.jsonl")) == 8
+    assert {body.get("max_tokens") for body in scripted.bodies[-4:]} == {1200}
+    assert lines(tmp_path / "taught.invalid.jsonl") == []
+
+
 def test_no_server_at_all_ends_the_run_too(tmp_path: Path) -> None:
     path = rows_file(tmp_path, asks(30))
     with pytest.raises(ValueError, match="20 requests in a row failed, the last with: APIConnectionError"):
@@ -346,6 +379,37 @@ def test_a_killed_run_goes_on_and_pays_for_no_row_twice(teacher: Teacher, tmp_pa
     call(rows, output, url, "--concurrency", 4)
     assert Counter(line["id"] for line in lines(output)) == {f"r{n}": 1 for n in range(40)}
     assert 40 <= len(scripted.bodies) <= 44
+
+
+def test_a_second_row_of_an_id_is_named_and_not_paid_for(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted, url = teacher
+    taught = {"id": "r1", "prompt": "other", "prompt_label": "harmful", "rationale": "It asks."}
+    rows = rows_file(tmp_path, [*asks(2), *asks(1), taught])
+    call(rows, tmp_path / "taught.jsonl", url)
+    assert sorted(line["id"] for line in lines(tmp_path / "taught.jsonl")) == ["r0", "r1"]
+    assert len(scripted.bodies) == 2
+    shown = capsys.readouterr().out
+    assert "rows.jsonl:3: r0: a second row with this id" in shown
+    assert "rows.jsonl:4: r1: a second row with this id" in shown
+
+
+def test_more_bad_rows_than_are_shown_are_all_named_in_a_file(
+    teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_file(tmp_path, [*asks(1), *[{"id": f"b{n}", "prompt": "", "image": "no.png"} for n in range(9)]])
+    call(rows, tmp_path / "taught.jsonl", teacher[1])
+    assert f"... and 4 more: {tmp_path / 'taught.skipped.txt'}" in capsys.readouterr().out
+    assert (tmp_path / "taught.skipped.txt").read_text().splitlines() == [
+        f"rows.jsonl:{n + 2}: b{n}: no.png is no readable image" for n in range(9)
+    ]
+
+
+@pytest.mark.parametrize("wrong", [("--limit", 0), ("--concurrency", 0), ("--requests-per-minute", -1)])
+def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, wrong: tuple[str, int]) -> None:
+    with pytest.raises(SystemExit):
+        call(tmp_path / "rows.jsonl", tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", *wrong)
 
 
 def test_a_dry_run_shows_the_cost_and_asks_nobody(

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guard_training.commands import count
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,15 +47,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--base-url", metavar="URL", help="of the server (default: OpenAI's)")
     arg("--key-from", default="OPENAI_API_KEY", metavar="NAME", help="variable with the key (default OPENAI_API_KEY)")
     arg("--temperature", type=float, metavar="X", help="of the answers (default: the server's)")
-    arg("--max-tokens", type=int, default=1200, metavar="N", help="of an answer (default 1200)")
-    arg("--attempts", type=int, default=3, metavar="N", help="answers asked for until a row is given up (default 3)")
+    arg("--max-tokens", type=count, default=1200, metavar="N", help="of an answer (default 1200)")
+    arg("--attempts", type=count, default=3, metavar="N", help="answers asked for until a row is given up (default 3)")
     arg("--repeats", type=int, default=6, metavar="N", help="of a request that meets 429, 5xx or no server (default 6)")
     arg("--timeout", type=float, default=180.0, metavar="S", help="seconds for one request (default 180)")
-    arg("--concurrency", type=int, default=16, metavar="N", help="requests under way (default 16)")
-    arg("--requests-per-minute", type=int, metavar="N", help="at most so many, repeats included")
-    arg("--tokens-per-minute", type=int, metavar="N", help="at most so many, prompt and answer")
-    arg("--image-side", type=int, default=1024, metavar="N", help="longer side of a sent image (default 1024)")
-    arg("--limit", type=int, metavar="N", help="only the first N rows that need a rationale")
+    arg("--concurrency", type=count, default=16, metavar="N", help="requests under way (default 16)")
+    arg("--requests-per-minute", type=count, metavar="N", help="at most so many, repeats included")
+    arg("--tokens-per-minute", type=count, metavar="N", help="at most so many, prompt and answer")
+    arg("--image-side", type=count, default=1024, metavar="N", help="longer side of a sent image (default 1024)")
+    arg("--limit", type=count, metavar="N", help="only the first N rows that need a rationale")
     arg("--again", action="store_true", help="ask again for rows whose answers were all refused")
     arg("--price-prompt", type=float, metavar="X", help="of a million prompt tokens")
     arg("--price-completion", type=float, metavar="X", help="of a million answer tokens")
@@ -68,19 +70,19 @@ def run(given: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from guard_training.corpus.rows import Skipped, read_good_rows
+    from guard_training.corpus.rows import Skipped, distinct, read_good_rows
     from guard_training.rowfile import begin, digest
     from guard_training.synthesis.cost import Price, estimate, table
     from guard_training.synthesis.limits import Limiter
     from guard_training.synthesis.writing import copy, invalid_file, left_over, needed, write
 
-    if min(given.attempts, given.concurrency, given.image_side, given.max_tokens) < 1:
-        raise ValueError("--attempts, --concurrency, --image-side and --max-tokens are 1 or more")
+    if given.repeats < 0 or not given.timeout > 0:
+        raise ValueError("--repeats is 0 or more, and --timeout above 0")
     console = Console(width=None if sys.stdout.isatty() else 150)
     skipped, asking = Skipped(), _asking(given)
     limiter = Limiter(given.requests_per_minute, given.tokens_per_minute)
     price = Price(given.price_prompt, given.price_completion)
-    rows = read_good_rows(given.rows, skipped)
+    rows = distinct(read_good_rows(given.rows, skipped), skipped)
     wanted = needed(rows, asking, skipped)[: given.limit]
     console.print(table(estimate(left_over(wanted, given.output, again=given.again), asking.expected), price))
     if not given.dry_run:
@@ -97,7 +99,8 @@ def run(given: argparse.Namespace) -> None:
             tally = write(wanted, asking, limiter, given.output, progress)
         _report(tally, price, asking, given.output, console)
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False, soft_wrap=True)
+        file = given.output.with_name(f"{given.output.stem}.skipped.txt")
+        console.print(skipped.summary() if given.dry_run else skipped.report(file), markup=False, soft_wrap=True)
     if not given.dry_run and tally.out_of_reach:
         raise ValueError(f"{tally.out_of_reach} rows were out of the teacher's reach: give the same command again")
 
