@@ -182,6 +182,49 @@ def test_check_writes_the_rows_that_do_not_leak(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "prints").read_text().count("\n") == 1
 
 
+def test_the_papers_benchmarks_are_evaluation_sets_as_they_are_released(tmp_path: Path) -> None:
+    folder, pictures = tmp_path / "benchmarks", tmp_path / "pictures" / "HarmImageTest"
+    folder.mkdir()
+    asked = "Human user:\n{}\n\nAI assistant:\nNone\n"
+    toxic = [{"input": asked.format("how to bake a loaf"), "output": "unharmful"}]
+    (folder / "ToxicChat.json").write_text(json.dumps(toxic))
+    block = "Answers:\nRequest: harmful\nResponse: None"
+    messages = [{"role": "user", "content": asked.format("<image>")}, {"role": "assistant", "content": block}]
+    (folder / "HarmImageTest.json").write_text(json.dumps([{"messages": messages, "images": ["./image/0.png"]}]))
+    for path in (pictures / "0.png", tmp_path / "own.png"):
+        picture(path, 7)
+    train = evaluation_set(
+        tmp_path / "train.jsonl", {"prompt": "How to bake a loaf?"}, {"prompt": "look", "image": "own.png"}
+    )
+    check = ("check", "--train", train, "--json", tmp_path / "leaks.json", "--output", tmp_path / "clean.jsonl")
+    run(*check, "--against", folder, "--against-images", tmp_path / "pictures")
+    assert [
+        (leak["where"], leak["other"], leak["kind"]) for leak in json.loads((tmp_path / "leaks.json").read_text())
+    ] == [
+        ("ToxicChat.json", "ToxicChat:0", "text exact"),
+        ("HarmImageTest.json", "HarmImageTest:0", "image exact"),
+    ]
+    run(*check, "--against", folder / "ToxicChat.json")
+    assert len(json.loads((tmp_path / "leaks.json").read_text())) == 1
+    with pytest.raises(CorpusError, match=r"HarmImageTest\.json: no row to compare with: .* its picture is not in"):
+        run(*check, "--against", folder)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ('[{"input": "how to bake", "output": "harmful"}]', r"dev\.jsonl: no row to compare with: dev\.jsonl:1: not a"),
+        ("", r"dev\.jsonl: no row to compare with$"),
+        (None, "no ToxicChat.json, .* in it; name its files"),
+    ],
+)
+def test_an_evaluation_set_that_could_find_no_leak_is_refused(tmp_path: Path, written: str | None, reason: str) -> None:
+    train, dev = evaluation_set(tmp_path / "train.jsonl", {"prompt": "how to bake"}), tmp_path / "dev.jsonl"
+    dev.mkdir() if written is None else dev.write_text(written)
+    with pytest.raises(CorpusError, match=reason):
+        run("check", "--train", train, "--against", dev)
+
+
 def test_stats_prints_tables_and_writes_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = evaluation_set(
         tmp_path / "a.jsonl", {"prompt": "p", "prompt_label": "harmful", "rationale": "Step 1: a\nStep 2: b"}
@@ -222,8 +265,27 @@ def test_a_command_that_cannot_work_says_what_to_change(tmp_path: Path, argument
         run("build", *arguments, "--output", tmp_path / "out")
 
 
-@pytest.mark.parametrize("part", ["build", "check", "stats", "sources"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--share", "beavertails=1.5"),
+        ("--image-test", 2),
+        ("--near-duplicates", 0),
+        ("--near-duplicates", 7),
+        ("--threshold", 0),
+    ],
+)
+def test_a_share_or_similarity_that_means_nothing_is_refused_before_a_copy_is_read(
+    tmp_path: Path, wrong: tuple[str, float]
+) -> None:
+    text = beavertails(tmp_path / "train.jsonl", 2)
+    with pytest.raises(ValueError, match=r"between 0 and 1|above 0 and is at most 1"):
+        run("build", "--source", f"beavertails={text}", "--output", tmp_path / "out", *wrong)
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.parametrize("part", ["", "build", "check", "stats", "sources"])
 def test_the_help_shows_an_example(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run(part, "--help")
-    assert f"guard-train corpus {part}" in capsys.readouterr().out
+        run(*part.split(), "--help")
+    assert f"guard-train corpus {part or 'build'}" in capsys.readouterr().out

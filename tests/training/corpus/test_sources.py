@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -490,6 +491,15 @@ def test_a_source_from_the_hub_asks_for_its_configuration_split_and_revision(
     (row,) = rows("unsafebench", "hub:abc123", tmp_path)
     assert asked == [(("yiting/UnsafeBench", None), {"split": "train", "revision": "abc123"})]
     assert (row.id, row.request) == ("unsafebench:hub@abc123/yiting/UnsafeBench/train:1", "unharmful")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        CorpusError, match=r"yiting/UnsafeBench: cannot be had from the hub \(ConnectionError\); accept"
+    ):
+        rows("unsafebench", "hub", tmp_path)
     with pytest.raises(CorpusError, match=r"hod cannot be read straight from the hub: download and unpack github"):
         rows("hod", "hub", tmp_path)
 
@@ -595,6 +605,24 @@ def test_a_copy_without_rows_to_train_on_is_refused(
     put(tmp_path / file, data)
     with pytest.raises(CorpusError, match=reason):
         rows("beavertails", tmp_path / place, tmp_path / "out")
+
+
+def test_a_byte_that_is_no_utf8_spoils_one_row_of_a_table(tmp_path: Path) -> None:
+    lines = [b"id,text,text_type,labels_0", b"1,one,u,Safe", b"2,caf\xe9,u,Safe", "3,caf\xe9,u,Safe".encode()]
+    part = read("aegis", put(tmp_path / "train.csv", b"\n".join(lines)), tmp_path / "out")
+    assert [row.prompt for row in part.rows] == ["one", "caf\xe9"]
+    assert part.bad == ["aegis:train.csv/train.csv:3: not UTF-8"]
+
+
+def test_a_table_is_read_up_to_the_page_that_is_broken(tmp_path: Path) -> None:
+    to_parquet(
+        tmp_path / "whole.parquet", [{**GOOD, "category": {"a": True}, "prompt": f"p{n} " * 50} for n in range(500)]
+    )
+    data = bytearray((tmp_path / "whole.parquet").read_bytes())
+    data[200:400] = random.Random(0).randbytes(200)
+    put(tmp_path / "train.parquet", bytes(data))
+    with pytest.raises(CorpusError, match=r"train\.parquet:end: the file is broken or cut off"):
+        rows("beavertails", tmp_path / "train.parquet", tmp_path / "out")
 
 
 def test_text_that_is_no_unicode_is_named_and_not_written(tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _WIDTH = 150
-_ABOUT = "Makes corpora of labelled rows from public data sets, keeps evaluation sets out of them, and describes them."
+_ABOUT = """\
+Makes corpora of labelled rows from public data sets, keeps evaluation sets out of them, and describes them.
+
+  guard-train corpus sources
+  guard-train corpus build --source aegis=hub --against dev.jsonl.gz --output corpus
+  guard-train corpus stats corpus/train.jsonl
+"""
 _SOURCES = """\
 Lists the sources of GuardReasoner-VLTrain: modality, licence, where to get it, the share that the paper takes, its
 schema and how a label is found.
@@ -42,15 +48,18 @@ nearly (3-word-shingle Jaccard), or with the same or nearly the same image.
       --source hod=HOD-Benchmark-Dataset --paper-shares --against dev.jsonl.gz --output corpus
 
 A copy is a .parquet, .jsonl, .json or .csv file, a folder of them, a folder of datasets.save_to_disk, a folder of
-images, or `hub` (hub:REVISION). One source may be given several times. Bad records are named and left out. A build
-that was stopped goes on where it was when the same command is given again; the part-* files in the folder are for
-that, and to try other shares without reading again.
+images, or `hub` (hub:REVISION). An evaluation set is a file of labelled rows, a benchmark of the paper as released
+(ToxicChat.json), or a folder of those. One source may be given several times. Bad records are named and left out. A
+build that was stopped goes on where it was when the same command is given again; the part-* files in the folder are
+for that, and to try other shares without reading again.
 """
 _CHECK = """\
 Names every row of a training file that an evaluation set also holds, by ids, and fails where there is one, unless
 --output writes the rows without them.
 
   guard-train corpus check --train corpus/train.jsonl --against dev.jsonl.gz --json leaks.json
+  guard-train corpus check --train corpus/train.jsonl --against benchmarks \\
+      --against-images yueliu1999/GuardReasoner-VLTest
 """
 _STATS = """\
 Prints the statistics of corpora: modalities and reasoning steps as in Table 6 of the paper, and labels by source.
@@ -65,7 +74,9 @@ class LeaksFound(ValueError):
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    corpus = commands.add_parser("corpus", help="build and check training corpora", description=_ABOUT)
+    corpus = commands.add_parser(
+        "corpus", help="build and check training corpora", description=_ABOUT, formatter_class=raw
+    )
     parts = corpus.add_subparsers(dest="part", required=True)
 
     sources = parts.add_parser("sources", help="list the known sources", description=_SOURCES, formatter_class=raw)
@@ -94,7 +105,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="also leave out text rows this similar to an earlier one",
     )
     build.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws (default 0)")
-    _threshold(build)
+    _comparison(build)
     build.set_defaults(run=run_build)
 
     check = parts.add_parser("check", help="find rows of evaluation sets", description=_CHECK, formatter_class=raw)
@@ -105,7 +116,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     check.add_argument(
         "--cache", type=Path, metavar="FILE", help="keep fingerprints of images here, to go on after a stop"
     )
-    _threshold(check)
+    _comparison(check)
     check.set_defaults(run=run_check)
 
     stats = parts.add_parser("stats", help="describe corpora", description=_STATS, formatter_class=raw)
@@ -114,7 +125,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     stats.set_defaults(run=run_stats)
 
 
-def _threshold(parser: argparse.ArgumentParser) -> None:
+def _comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--against-images", metavar="WHERE", help="pictures of benchmarks: a folder or a hub id (default: beside them)"
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -157,7 +171,7 @@ def run_build(given: argparse.Namespace) -> None:
             seed=given.seed,
             shares=shares,
             image_test=image_test,
-            against=_evaluation_sets(given.against, prints, skipped, track),
+            against=_evaluation_sets(given, prints, skipped, track),
             threshold=given.threshold,
             remove_leaks=not given.keep_leaks,
             near=given.near_duplicates,
@@ -169,7 +183,7 @@ def run_build(given: argparse.Namespace) -> None:
     console = terminal(_WIDTH)
     console.print(_counts_table(built), steps_table(statistics(built.train)))
     skipped.reasons += built.bad
-    _summary(console, skipped)
+    _summary(console, skipped, given.output / "skipped.txt")
     console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", highlight=False)
 
 
@@ -183,12 +197,12 @@ def run_check(given: argparse.Namespace) -> None:
     skipped = Skipped()
     with _progress() as progress, Fingerprints(given.cache) as prints:
         track = _track(progress)
-        rows = readable(_read(given.train, skipped), prints, skipped, track)
-        against = _evaluation_sets(given.against, prints, skipped, track)
+        rows = readable([row for file in given.train for row in read_good_rows(file, skipped)], prints, skipped, track)
+        against = _evaluation_sets(given, prints, skipped, track)
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)
     console = terminal(_WIDTH)
     console.print(_leaks_table(rows, leaks))
-    _summary(console, skipped)
+    _summary(console, skipped, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
     _write_json(given.json, [asdict(leak) for leak in leaks])
     gone = {leak.id for leak in leaks}
     if given.output:
@@ -203,7 +217,10 @@ def run_stats(given: argparse.Namespace) -> None:
     from guard_training.corpus.statistics import labels_table, statistics, steps_table
 
     skipped = Skipped()
-    found = statistics(_read(given.corpora, skipped))
+    with _progress() as progress:
+        files = progress.track(given.corpora, description="reading")
+        rows = [row for file in files for row in read_good_rows(file, skipped)]
+        found = statistics(_track(progress)(rows, "counting"))
     console = terminal(_WIDTH)
     console.print(steps_table(found), labels_table(found))
     _summary(console, skipped)
@@ -240,20 +257,37 @@ def _shares(given: Sequence[str], known: set[str]) -> dict[str, float]:
 
 
 def _evaluation_sets(
-    files: Sequence[Path], prints: Fingerprints, skipped: Skipped, track: Track
+    given: argparse.Namespace, prints: Fingerprints, skipped: Skipped, track: Track
 ) -> dict[str, list[Row]]:
-    """By file name, or by path where two have the same name."""
+    """By file name, or by path where two have the same name.
+
+    Raises ``CorpusError`` where one has no row to compare with: it would find no leak, whatever leaks.
+    """
     from guard_training.corpus.leakage import readable
+    from guard_training.evaluation.benchmarks import BENCHMARKS, fetch_images, read_benchmark
 
-    names = [file.name for file in files]
-    return {
-        str(file) if names.count(file.name) > 1 else file.name: readable(_read([file], skipped), prints, skipped, track)
-        for file in files
-    }
-
-
-def _read(files: Sequence[Path], skipped: Skipped) -> list[Row]:
-    return [row for file in files for row in read_good_rows(file, skipped)]
+    released = {f"{name}.json": benchmark for name, benchmark in BENCHMARKS.items()}
+    files: list[Path] = []
+    for place in given.against:
+        inside = [place / name for name in released if (place / name).is_file()] if place.is_dir() else [place]
+        if not inside:
+            raise CorpusError(f"--against {place}: no {', '.join(released)} in it; name its files")
+        files += inside
+    names, images = [file.name for file in files], None
+    if given.against_images and any(name in released and released[name].hub_label is not None for name in names):
+        where = Path(given.against_images)
+        images = where if where.is_dir() else fetch_images(given.against_images)
+    sets = {}
+    for file in files:
+        bad = len(skipped.reasons)
+        benchmark = released.get(file.name)
+        read = read_benchmark(benchmark, file, skipped, images=images) if benchmark else read_good_rows(file, skipped)
+        rows = readable(read, prints, skipped, track)
+        if not rows:
+            why = f": {skipped.reasons[bad]}" if len(skipped.reasons) > bad else ""
+            raise CorpusError(f"--against {file}: no row to compare with{why}")
+        sets[str(file) if names.count(file.name) > 1 else file.name] = rows
+    return sets
 
 
 def _counts_table(built: Built) -> Table:
@@ -280,9 +314,10 @@ def _leaks_table(rows: Sequence[Row], leaks: Sequence[Leak]) -> Table:
     return table
 
 
-def _summary(console: Console, skipped: Skipped) -> None:
+def _summary(console: Console, skipped: Skipped, file: Path | None = None) -> None:
     if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False, soft_wrap=True)
+        said = skipped.report(file) if file else skipped.summary()
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -27,7 +27,8 @@ PAPER_IMAGE_TEST = 0.2
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to make of the rows. ``shares``: source to fraction, 1 where it is not named. ``near``: the similarity
-    from which rows count as duplicates too, None for exact ones only."""
+    from which rows count as duplicates too, None for exact ones only. Raises ``ValueError`` for one outside 0..1.
+    """
 
     seed: int = 0
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -36,6 +37,12 @@ class Plan:
     threshold: float = 0.6
     remove_leaks: bool = True
     near: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(0 <= part <= 1 for part in (*self.shares.values(), self.image_test)):
+            raise ValueError("a share, of a source or of the test's images, lies between 0 and 1")
+        if not all(0 < least <= 1 for least in (self.threshold, 1.0 if self.near is None else self.near)):
+            raise ValueError("the similarity from which texts are nearly the same lies above 0 and is at most 1")
 
 
 @dataclass(frozen=True, slots=True)

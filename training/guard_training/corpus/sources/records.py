@@ -23,7 +23,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-from guard_training.corpus.rows import CorpusError
+from guard_training.corpus.rows import CorpusError, encodable
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
@@ -79,11 +79,17 @@ def open_copy(place: Path, patterns: Sequence[str], splits: Sequence[str]) -> Co
 
 
 def open_hub(hub: Hub, revision: str | None = None) -> Copy:
-    """The training splits of a data set on the hub, through the cache of ``datasets``."""
-    loaded = [
-        (f"{hub.id}/{split}", datasets.load_dataset(hub.id, hub.config, split=split, revision=revision))
-        for split in hub.splits
-    ]
+    """The training splits of a data set on the hub, through the cache of ``datasets``. Raises ``CorpusError``."""
+    try:
+        loaded = [
+            (f"{hub.id}/{split}", datasets.load_dataset(hub.id, hub.config, split=split, revision=revision))
+            for split in hub.splits
+        ]
+    except Exception as error:  # of many kinds: no connection, a gated data set, another revision or layout
+        raise CorpusError(
+            f"{hub.id}: cannot be had from the hub ({type(error).__name__}); accept its terms and `hf auth login` "
+            "where it is gated, or give a copy"
+        ) from error
     return _saved(loaded, None)
 
 
@@ -154,7 +160,10 @@ def _to_the_break(read: Callable[[Path, str], Iterator[Record]], file: Path, nam
     """As far as the file is whole; where it breaks off, a record that says so."""
     try:
         yield from read(file, name)
-    except (EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowInvalid) as error:
+    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
+        # Arrow and gzip say with a bare OSError that data is spoilt; one with a number is the disk's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         yield Record(f"{name}:end", file.parent, {}, f"the file is broken or cut off ({type(error).__name__})")
 
 
@@ -208,21 +217,21 @@ def _json(file: Path, name: str) -> Iterator[Record]:
 def _csv(file: Path, name: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST)
     with _open(file) as opened:
-        lines = TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+        # A byte that is no UTF-8 becomes half of a surrogate pair, by which its row is told.
+        lines = TextIOWrapper(opened, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(lines, delimiter="\t" if ".tsv" in file.name else ",")
         while True:
             try:
                 row = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError:
-                yield Record(f"{name}:{reader.line_num + 1}", file.parent, {}, "not UTF-8: nothing behind it is read")
-                return
             except csv.Error as error:
                 yield Record(f"{name}:{reader.line_num}", file.parent, {}, f"not CSV ({error})")
                 continue
             uneven = None in row or None in row.values()
             reason = "another number of columns than its header" if uneven else None
+            if not encodable("".join(value for value in row.values() if isinstance(value, str))):
+                reason = "not UTF-8"
             yield Record(f"{name}:{reader.line_num}", file.parent, row, reason)
 
 
