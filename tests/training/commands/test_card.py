@@ -21,7 +21,7 @@ def call(*arguments: object) -> None:
     given.run(given)
 
 
-def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
+def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"id": str(n), "source": "locks", "prompt": "p", "prompt_label": "harmful"} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = [{"id": str(n), "request_score": 0.4 * n} for n in range(3)]
@@ -43,6 +43,7 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"# guard\n{BEGIN}\nold\n{END}\n")
     call("card", "--model", tmp_path, "--results", figures)
     text = (tmp_path / "README.md").read_text()
+    assert f"{tmp_path / 'README.md'}: the figures of dev.json" in capsys.readouterr().out
     assert "old" not in text
     assert "| locks | request | 3 | 3 | 33.3 (6.1-79.2) |" in text
     assert "| source | judged | tfidf | words |" in text

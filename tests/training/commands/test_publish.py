@@ -85,8 +85,46 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
     assert pushed[0][0][:2] == (tmp_path / "revision", "a/b")
     assert pushed[0][1] == {"private": True}
     revision.verify(tmp_path / "copy")
-    with pytest.raises(ValueError, match="exists"):
+    call(tmp_path / "revision", "--output", tmp_path / "copy")
+    (tmp_path / "copy" / "SHA256SUMS").write_text("")
+    with pytest.raises(ValueError, match="exists and is another"):
         call(tmp_path / "revision", "--output", tmp_path / "copy")
+
+
+def test_a_push_that_failed_is_tried_again_by_the_same_command(
+    guard: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (guard, "--results", results, "--licence", "mit", "--output", tmp_path / "revision", "--to-hub", "a/b")
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(ValueError, match="no token"):
+        call(*given)
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "revision").iterdir()}
+    monkeypatch.setattr(hub, "push", lambda *given, **more: "https://hub/a/b")
+    call(*given)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "revision").iterdir()} == made
+    with pytest.raises(ValueError, match="exists; delete it"):
+        call(*given, "--limits", results)
+
+
+def test_a_copy_that_was_cut_off_is_made_whole(
+    guard: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(guard, "--results", results, "--output", tmp_path / "revision")
+    copied: list[str] = []
+
+    def cut(source: str, place: str) -> None:
+        copied.append(place)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        Path(place).write_bytes(Path(source).read_bytes())
+
+    monkeypatch.setattr("shutil.copy2", cut)
+    with pytest.raises(KeyboardInterrupt):
+        call(tmp_path / "revision", "--output", tmp_path / "copy")
+    monkeypatch.undo()
+    assert not (tmp_path / "copy").exists()
+    call(tmp_path / "revision", "--output", tmp_path / "copy")
+    revision.verify(tmp_path / "copy")
 
 
 def test_nothing_is_pushed_of_a_folder_that_is_no_whole_revision(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:

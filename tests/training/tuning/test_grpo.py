@@ -341,6 +341,15 @@ def test_the_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
         assert args.learning_rate == 1e-6
 
 
+@pytest.mark.parametrize("rollouts", ["vllm_colocate", "vllm_server"])
+def test_without_vllm_its_rollouts_say_what_to_do_before_anything_is_loaded(
+    recipe: GrpoSettings, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rollouts: Any
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="rollouts=transformers"):
+        _train(replace(recipe, model="./nowhere", rollouts=rollouts), rows, tmp_path)
+
+
 def test_vllms_options_reach_trl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = replace(read_settings(GrpoSettings, recipe_path("grpo-3b")), precision="fp32")
     args = arguments(recipe, tmp_path, 12000, cpu=True)

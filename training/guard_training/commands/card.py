@@ -30,4 +30,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     from guard_training.evaluation.card import write_results
 
-    write_results(given.model / "README.md", given.results)
+    card = given.model / "README.md"
+    write_results(card, given.results)
+    print(f"{card}: the figures of {', '.join(file.name for file in given.results)}")

@@ -23,7 +23,8 @@ config, data sources and licences from --data, recipe, results, limits), lineage
   guard-train publish out/model --results dev.json --recipe training/recipes/nano.yaml --data train.jsonl.gz --bank \\
       --licence apache-2.0 --output out/revision
 
-The hub's token is that of HF_TOKEN or of `hf auth login`.
+The hub's token is that of HF_TOKEN or of `hf auth login`. What is made or copied already is not done again: a stopped
+command goes on when it is given again.
 """
 
 
@@ -53,6 +54,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.progress import Progress
     from transformers.utils import logging
 
     from guard_training.corpus.rows import Skipped
@@ -83,10 +85,18 @@ def run(given: argparse.Namespace) -> None:
             if skipped.reasons:
                 console.print(skipped.summary(), markup=False, highlight=False)
         folder = given.output
-    facts = revision.verify(folder)
+    copied = given.output if not given.results else None
+    with Progress(console=console) as progress:
+        files = sum(path.is_file() for path in folder.rglob("*")) if copied else 0
+        task = progress.add_task("checking", total=1 + files)
+        facts = revision.verify(folder)
+        progress.update(task, advance=1, description="copying" if copied else "checked")
+        if copied:
+            publish.copy(folder, copied, lambda: progress.advance(task))
+        progress.update(task, completed=1 + files)
     console.print(f"{folder}: {facts.name}, revision {facts.revision}, is whole", highlight=False)
-    if given.output and not given.results:
-        publish.copy(folder, given.output)
-        console.print(str(given.output), highlight=False)
+    if copied:
+        console.print(str(copied), highlight=False)
     if given.to_hub:
+        logging.enable_progress_bar()  # the hub's own
         console.print(hub.push(folder, given.to_hub, facts, private=given.private), highlight=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from guard_training.evaluation import tables
 from guard_training.evaluation.outcomes import SIDES
+from guard_training.rowfile import write_whole
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -47,7 +48,7 @@ def write_results(card: Path, files: Sequence[Path]) -> None:
         raise ValueError(f"{card}: needs one line {BEGIN} and after it one line {END}")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     sections = "\n\n".join(_section(file) for file in files)
-    card.write_text(f"{before}{BEGIN}\n{sections}\n{after}", encoding="utf-8")
+    write_whole(card, f"{before}{BEGIN}\n{sections}\n{after}".encode())
 
 
 def _section(file: Path) -> str:

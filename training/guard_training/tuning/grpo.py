@@ -11,6 +11,7 @@ under FSDP or ZeRO-3 with rows of both modalities (ranks without images would wa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -290,6 +291,11 @@ def train(
     ``read`` reads an image's bytes, for a recipe with ``reader``. Raises ``RewardHacked`` where an alarm stopped it,
     ``OutputError`` for a folder that was begun with another recipe, other data or other weights.
     """
+    if recipe.rollouts != "transformers" and importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            f"rollouts {recipe.rollouts} needs vLLM here: `pip install 'vllm>=0.22,<0.33'`, or --set "
+            "rollouts=transformers"
+        )
     contract = load_contract(guard, max_pixels=recipe.max_pixels)
     # the alarms may change: a run that one stopped goes on with another limit
     settings = {key: value for key, value in asdict(recipe).items() if key != "alarms"}

@@ -1,10 +1,13 @@
-"""What ``guard-train publish`` does with a folder: make a revision of a bare guard, check one, copy it, push it."""
+"""What ``guard-train publish`` does with a folder: make a revision of a bare guard, check one, copy it, push it.
+
+What is made or copied already is not done again, so that a stopped command goes on behind it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +68,23 @@ def make(making: Making, target: Path, skipped: Skipped, measure: Measure) -> Mo
     files = [revision.data_file("training", path) for path in making.data]
     files += [revision.data_file("results", path) for path in making.results]
     files += [revision.data_file("calibration", making.calibration)] if making.calibration else []
-    revision.write_revision(
-        making.guard,
-        target,
-        card=card,
-        lineage=revision.lineage(facts=facts, base=None, data=files, recipe=constants or None, made=making.made),
-        calibration=fitted,
-        results=summaries,
-    )
+    lineage = revision.lineage(facts=facts, base=None, data=files, recipe=constants or None, made=making.made)
+    if not _made_before(target, card, lineage):
+        revision.write_revision(making.guard, target, card=card, lineage=lineage, calibration=fitted, results=summaries)
     return facts
+
+
+def _made_before(target: Path, card: str, lineage: Mapping[str, Any]) -> bool:
+    """Whether the folder is a revision of the same weights, data, recipe and card, whenever it was made."""
+    try:
+        made, said = (
+            json.loads((target / manifest.LINEAGE).read_text("utf-8")),
+            (target / manifest.CARD).read_text("utf-8"),
+        )
+    except (OSError, ValueError):
+        return False
+    same = all(made.get(name) == lineage[name] for name in ("name", "revision", "base", "data", "recipe"))
+    return same and said == card
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -123,13 +134,22 @@ def _kept(guard: Path, facts: ModelFacts) -> Mapping[str, Any] | None:
     return kept
 
 
-def copy(folder: Path, target: Path) -> None:
-    """Copies a revision, whole or not at all, and checks the copy."""
+def copy(folder: Path, target: Path, done: Callable[[], object] = lambda: None) -> None:
+    """Copies a revision, whole or not at all, and checks the copy; ``done`` is told of every file."""
     if target.exists():
-        raise PublishError(f"{target} exists; delete it or give another folder")
+        sums = target / manifest.SUMS
+        if not sums.is_file() or sums.read_bytes() != (folder / manifest.SUMS).read_bytes():
+            raise PublishError(f"{target} exists and is another; delete it or give another folder")
+        revision.check_sums(target)
+        return
+
+    def one(source: str, place: str) -> None:
+        shutil.copy2(source, place)
+        done()
+
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, part)
+    shutil.copytree(folder, part, copy_function=one)
     revision.check_sums(part)
     part.rename(target)
