@@ -112,6 +112,13 @@ def test_settings_that_mean_nothing_are_refused_and_leave_no_file(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_usable_row_the_reasons_are_given(rows: Path, tmp_path: Path) -> None:
+    rows.write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
+        call("--rows", rows, "--output", tmp_path / "rl.jsonl")
+    assert not list(tmp_path.glob("rl*"))
+
+
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         call("--help")

@@ -180,6 +180,10 @@ def test_check_writes_the_rows_that_do_not_leak(tmp_path: Path, capsys: pytest.C
     assert [row.id for row in read_rows(tmp_path / "clean.jsonl")] == ["dev-1"]
     assert "2 rows left out:\n  train.jsonl:4: " in capsys.readouterr().out
     assert (tmp_path / "prints").read_text().count("\n") == 1
+    run("check", "--train", train, "--against", dev, "--output", tmp_path / "elsewhere" / "clean.jsonl")
+    (moved,) = read_rows(tmp_path / "elsewhere" / "clean.jsonl")
+    assert moved.image
+    assert moved.image.read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
 def test_the_papers_benchmarks_are_evaluation_sets_as_they_are_released(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from guard_middleware.worker.weights import NANO
 from guard_training.commands import reject
-from guard_training.corpus.rows import read_rows
+from guard_training.corpus.rows import CorpusError, read_rows
+from guard_training.rowfile import OutputError
 
 WORDS = ["how do I bake bread", "how do I pick a lock", "hello there", "write a poem about rain", "rob the house"]
 
@@ -149,6 +150,36 @@ def test_what_cannot_be_meant_is_refused_before_the_model_loads(  # type: ignore
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", *arguments)
+
+
+def test_a_file_that_reject_did_not_write_is_not_written_over(guard: Path, rows: Path) -> None:
+    before = rows.read_bytes()
+    with pytest.raises(OutputError, match=r"rows\.jsonl exists and no rows\.counts\.jsonl says how it was made"):
+        call("--rows", rows, "--model", guard, "--output", rows)
+    assert rows.read_bytes() == before
+
+
+def test_without_a_usable_row_the_reasons_are_given(guard: Path, rows: Path, tmp_path: Path) -> None:
+    rows.write_text('{"id": 1}\n')
+    with pytest.raises(CorpusError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
+        call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
+    assert not (tmp_path / "hard.counts.jsonl").exists()
+
+
+def test_rows_that_all_cannot_be_asked_leave_an_empty_file(
+    guard: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = [line for line in rows.read_text().splitlines() if '"gone"' in line]
+    rows.write_text("\n".join(gone) + "\n")
+    call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
+    assert (tmp_path / "hard.jsonl").read_text() == ""
+    assert "rows.jsonl:1: gone: gone.png is no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--k", "--batch", "--max-rows", "--max-new-tokens"])
+def test_a_number_below_one_is_refused(guard: Path, rows: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit):
+        call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", option, 0)
 
 
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

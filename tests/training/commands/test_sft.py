@@ -115,6 +115,11 @@ def test_what_cannot_be_run_is_refused_with_its_remedy(
         _run(*arguments)
 
 
+def test_no_device_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        _run("--dry-run", "--devices", 0)
+
+
 def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         _run("--help")

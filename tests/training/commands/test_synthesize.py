@@ -395,6 +395,13 @@ def test_a_second_row_of_an_id_is_named_and_not_paid_for(
     assert "rows.jsonl:4: r1: a second row with this id" in shown
 
 
+def test_without_a_usable_row_the_reasons_are_given(tmp_path: Path) -> None:
+    rows = rows_file(tmp_path, [{"id": ""}])
+    with pytest.raises(ValueError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
+        call(rows, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1")
+    assert not list(tmp_path.glob("taught*"))
+
+
 def test_more_bad_rows_than_are_shown_are_all_named_in_a_file(
     teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

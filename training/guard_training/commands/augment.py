@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from guard_training.commands import count
 from guard_training.tuning.concatenation import ACROSS, LAYOUTS, ORDERS, PAIRINGS
 
 _ABOUT = """\
@@ -57,7 +58,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     arg("--pairing", choices=PAIRINGS, default="uniform", help="opposed: harmful with unharmful (default uniform)")
     arg("--modalities", choices=ACROSS, default="any", help="across: one row with an image, one without (default any)")
-    arg("--side", type=int, default=1024, metavar="N", help="longest side of a merged image (default 1024)")
+    arg("--side", type=count, default=1024, metavar="N", help="longest side of a merged image (default 1024)")
     arg("--inset", type=float, default=0.4, metavar="X", help="share of the sides that an inset takes (default 0.4)")
     arg("--separator", default=" ", metavar="TEXT", help="between joined texts (default one space)")
     augment.set_defaults(run=run)

@@ -191,6 +191,7 @@ def run_check(given: argparse.Namespace) -> None:
     from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
     from guard_training.corpus.sources.build import lines
     from guard_training.corpus.sources.parts import write
+    from guard_training.rowfile import bring_image
 
     if given.output and len(given.train) > 1:
         raise CorpusError("--output writes one training file: check them one by one")
@@ -206,7 +207,8 @@ def run_check(given: argparse.Namespace) -> None:
     _write_json(given.json, [asdict(leak) for leak in leaks])
     gone = {leak.id for leak in leaks}
     if given.output:
-        write(given.output, lines([row for row in rows if row.id not in gone], given.output.parent))
+        folder = given.output.parent
+        write(given.output, lines([bring_image(row, folder) for row in rows if row.id not in gone], folder))
     elif gone:
         raise LeaksFound(
             f"{len(gone)} of {len(rows)} training rows are in an evaluation set; --output FILE writes the others"

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from guard_training.commands import count
+
 _ABOUT = """\
 Rejection sampling (GuardReasoner-VL, section 4.1): draws k outputs of a guard for every row and keeps the rows that
 it still gets wrong. A sample is right where the product's strict parser reads it and every labelled side is right.
@@ -31,21 +33,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--rows", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     arg("--model", required=True, help="the guard after SFT: a folder, nano, or a hub id")
     arg("--output", type=Path, required=True, metavar="FILE", help="the hard rows; counts go to <output>.counts.jsonl")
-    arg("--k", type=int, default=4, metavar="N", help="samples of each row (default 4)")
+    arg("--k", type=count, default=4, metavar="N", help="samples of each row (default 4)")
     arg("--temperature", type=float, default=1.0, metavar="X", help="of the samples (default 1.0)")
     arg("--top-p", type=float, default=0.95, metavar="X", help="of the samples (default 0.95)")
-    arg("--max-new-tokens", type=int, metavar="N", help="of a sample (default: the guard's own limit; paper 4096)")
+    arg("--max-new-tokens", type=count, metavar="N", help="of a sample (default: the guard's own limit; paper 4096)")
     arg("--keep", metavar="N[..M]", help="how many samples of a kept row are wrong (default: all k)")
     arg("--keep-all-images", action="store_true", help="keep every row that is only an image, as the paper does")
     arg("--balance", action="store_true", help="keep as many rows with a harmful label as without, side by side")
-    arg("--max-rows", type=int, metavar="N", help="keep at most N rows, drawn by the seed (paper 12000)")
+    arg("--max-rows", type=count, metavar="N", help="keep at most N rows, drawn by the seed (paper 12000)")
     arg("--seed", type=int, default=0, metavar="N", help="of samples and draws (default 0)")
     arg("--engine", choices=("transformers", "vllm"), default="transformers", help="default transformers")
-    arg("--batch", type=int, default=32, metavar="N", help="samples drawn at once (default 32; vLLM: 1024 or more)")
+    arg("--batch", type=count, default=32, metavar="N", help="samples drawn at once (default 32; vLLM: 1024 or more)")
     arg("--device", help="for transformers (default: CUDA where there is one)")
-    arg("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of vLLM (default 1)")
+    arg("--tensor-parallel", type=count, default=1, metavar="N", help="GPUs of vLLM (default 1)")
     arg("--gpu-memory", type=float, default=0.9, metavar="X", help="share of the GPU's memory for vLLM (default 0.9)")
-    arg("--max-pixels", type=int, metavar="N", help="bound images tighter than the guard does (area)")
+    arg("--max-pixels", type=count, metavar="N", help="bound images tighter than the guard does (area)")
     arg("--json", type=Path, metavar="FILE", help="also write the statistics here")
     reject.set_defaults(run=run)
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guard_training.commands import count
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -55,7 +57,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--steps", type=int, metavar="N", help="end after N steps of the schedule; the same command goes on")
     arg("--dry-run", action="store_true", help="check the configuration on the meta device and end")
     arg("--random-weights", action="store_true", help="train the real architecture from random weights, to measure it")
-    arg("--devices", type=int, default=_PAPER_DEVICES, metavar="N", help="GPUs that a dry run plans for (default 4)")
+    arg("--devices", type=count, default=_PAPER_DEVICES, metavar="N", help="GPUs that a dry run plans for (default 4)")
     arg("--cpu", action="store_true", help="do not use a GPU")
     sft.set_defaults(run=run)
 

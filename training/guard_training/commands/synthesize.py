@@ -70,7 +70,7 @@ def run(given: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from guard_training.corpus.rows import Skipped, distinct, read_good_rows
+    from guard_training.corpus.rows import CorpusError, Skipped, distinct, read_good_rows
     from guard_training.rowfile import begin, digest
     from guard_training.synthesis.cost import Price, estimate, table
     from guard_training.synthesis.limits import Limiter
@@ -83,6 +83,8 @@ def run(given: argparse.Namespace) -> None:
     limiter = Limiter(given.requests_per_minute, given.tokens_per_minute)
     price = Price(given.price_prompt, given.price_completion)
     rows = distinct(read_good_rows(given.rows, skipped), skipped)
+    if not rows:
+        raise CorpusError(f"{given.rows}: no usable row; {skipped.summary()}")
     wanted = needed(rows, asking, skipped)[: given.limit]
     console.print(table(estimate(left_over(wanted, given.output, again=given.again), asking.expected), price))
     if not given.dry_run:

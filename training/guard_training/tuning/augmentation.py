@@ -38,6 +38,8 @@ def augment(
         raise ValueError("the share of held-out rows lies between 0 and 1, 1 excluded")
     skipped = Skipped()
     rows = _usable(read_good_rows(source, skipped), skipped)
+    if not rows:
+        raise CorpusError(f"{source}: no usable row; {skipped.summary()}")
     validation = [row for row in rows if held_out(row.id, held_out_share)]
     kept = [row for row in rows if not held_out(row.id, held_out_share)]
     mixes = plan(kept, count_for(len(kept), share), options, seed=seed)

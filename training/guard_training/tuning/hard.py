@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from guard_middleware.errors import GuardError
 from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
-from guard_training.rowfile import begin, bring_image, digest, write_whole
+from guard_training.rowfile import OutputError, begin, bring_image, digest, write_whole
 from guard_training.tuning.contract import Contract, pictures
 from guard_training.tuning.rejection import (
     Counts,
@@ -61,12 +62,17 @@ def reject(
     """Counts right samples of every row and writes the hard ones; goes on with counts that were begun.
 
     ``read`` finds drawn text for a guard that is served with a reader. ``make_sampler`` is called only where rows are
-    left. Raises ``ValueError`` for a range outside k, ``OutputError`` for counts of another run.
+    left. Raises ``ValueError`` for a range outside k, ``CorpusError`` without a usable row, and ``OutputError`` for
+    counts of another run or an output of none.
     """
     wrong = read_range(selection.keep, sampling.k)
     skipped = Skipped()
     rows = labelled(read_good_rows(source, skipped), skipped)
+    if not rows:
+        raise CorpusError(f"{source}: no usable row; {skipped.summary()}")
     journal_path = output.with_name(f"{output.stem}.counts.jsonl")
+    if output.exists() and not journal_path.exists():
+        raise OutputError(f"{output} exists and no {journal_path.name} says how it was made; give another --output")
     settings = {"command": "reject", "model": contract.facts.revision, "engine": engine, "seed": seed}
     size = max(1, sequences // sampling.k)
     settings |= {
@@ -158,7 +164,7 @@ def table(groups: Sequence[Group], k: int) -> Table:
     names = ["rows", *(str(n) for n in range(k + 1)), "malformed %", "cut off %", "mean tokens", "kept"]
     for column in names:
         out.add_column(column, justify="right")
-    for group, following in zip(groups, [*groups[1:], None], strict=True):
+    for group, following in zip_longest(groups, groups[1:]):
         totals_next = following is not None and group.source != following.source == "all"
         shares = f"{100 * group.malformed:.1f}", f"{100 * group.cut:.1f}", f"{group.length:.1f}"
         numbers = (str(group.rows), *map(str, group.right), *shares, str(group.kept))
