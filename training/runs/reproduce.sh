@@ -59,17 +59,23 @@ step() {
 }
 
 # Every n-th row that is text alone (images stay in DATA), without those that training holds back (by the digest of
-# their ids), since scores are calibrated on these.
+# their ids), since scores are calibrated on these. A bad line has no say; the commands before have named it.
 candidates() {
   gzip -dc "$DATA/train.jsonl.gz" | python3 -c '
 import hashlib, json, sys
 
 def trained_on(row):
-    return int.from_bytes(hashlib.sha256(row["id"].encode()).digest()[:4], "big") >= 0.03 * 2**32
+    return int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:4], "big") >= 0.03 * 2**32
 
-rows = [(line, json.loads(line)) for line in sys.stdin]
-kept = [line for line, row in rows if row.get("image") is None and trained_on(row)]
-sys.stdout.writelines(kept[:: int(sys.argv[1])])
+kept = []
+for line in sys.stdin.buffer:
+    try:
+        row = json.loads(line)
+        if row.get("image") is None and trained_on(row):
+            kept.append(line)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+sys.stdout.buffer.writelines(kept[:: int(sys.argv[1])])
 ' "${RL_EVERY:-8}" >"$1.part"
   mv "$1.part" "$1"
 }

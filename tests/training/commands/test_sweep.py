@@ -41,11 +41,14 @@ def test_a_sweep_from_rows_to_the_plot_and_again_without_work(
     value["alarms"] = dict(identical_max=2, distinct_ratio=0, format_min=-1, length_ratio=99, truncated_max=2)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(value))
-    arguments = ("--rows", rows, "--data", rows, "--recipe", recipe, "--output", tmp_path / "out")
+    bad = rows.with_name("bad.jsonl")
+    bad.write_text(rows.read_text() + "no row\n")
+    arguments = ("--rows", bad, "--data", rows, "--recipe", recipe, "--output", tmp_path / "out")
     arguments = (*arguments, "--variants", "full", "image only")
     _run(*arguments)
     said = " ".join(capsys.readouterr().out.split())
     assert "not trained: 0 usable rows" in said
+    assert "1 rows left out: bad.jsonl:5:" in said
     done = json.loads((tmp_path / "out" / "ablations.json").read_text())["variants"]
     assert [(one["variant"], one["summary"] is None) for one in done] == [
         ("before RL", False), ("full", False), ("image only", True),
@@ -58,10 +61,17 @@ def test_a_sweep_from_rows_to_the_plot_and_again_without_work(
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--variants", "no banana"], "no banana; there are full"), (["--rows", "/nowhere"], "no such file")],
+    [
+        (["--variants", "no banana"], "no banana; there are full"),
+        (["--rows", "/nowhere"], "no such file"),
+        (["--rows", "/dev/null"], "no such file"),
+        (["--rows", "{bad}"], "no usable row to train on.*bad.jsonl:1"),
+    ],
 )
 def test_mistakes_are_told_with_their_remedy(arguments: list[str], words: str, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    (tmp_path / "bad.jsonl").write_text("no row\n")
+    arguments = [one.format(bad=tmp_path / "bad.jsonl") for one in arguments]
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){words}"):
         _run("--rows", rows, "--data", rows, "--output", tmp_path / "out", *arguments)
 
 

@@ -94,6 +94,7 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     rows += [{"id": "b4", "source": "bread", "prompt": rows[0]["prompt"]}, {"id": "long", "source": "bread"}]
     rows[-1]["prompt"] = "bake bread " * 400
     answer = {"response": "Hello, how can I help?", "response_label": "unharmful"}
+    rows += [{"id": "i1", "source": "bread", "prompt": "see", "image": "none.png"}]
     rows += [{"id": "p1", "source": "talk", "prompt": "hi", **answer}]
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
@@ -101,7 +102,7 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     command.run(given)
     report = json.loads((output / "report.json").read_text())
     assert report["rows"] == 5
-    assert report["left_out"] == {"shown before": 1, "longer than one window": 1, "bad rows": 1}
+    assert report["left_out"] == {"shown before": 1, "longer than one window": 1, "bad rows": 2}
     effects = {entry["name"]: entry for entry in report["interventions"]}
     assert effects["as written"]["changed"]["value"] == 0.0
     assert effects["as written"]["agrees_with_served"]["value"] == 1.0
@@ -113,7 +114,8 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     assert "bread" not in json.dumps({**report, "sources": []})
     printed = capsys.readouterr().out
     assert "opposite" in printed
-    assert "rows.jsonl:8" in printed
+    assert "rows.jsonl:9" in printed
+    assert "none.png is no readable" in printed
 
     # Killed while it wrote a line: that one is asked again, the others are not.
     answers = output / "answers.jsonl"

@@ -11,7 +11,7 @@ import yaml
 
 from guard_middleware.worker.weights import NANO
 from guard_training.commands import generalise as command
-from guard_training.corpus.rows import Row
+from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import generalise
 from guard_training.evaluation.generalise import Fold, GeneraliseError, Said, figures, linear, read_groups, train_guard
 from guard_training.evaluation.tfidf import BaselineError
@@ -56,14 +56,14 @@ def test_groups_are_the_sources_unless_named_and_an_unknown_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, recipe = _corpus(tmp_path / "data")
-    assert read_groups(data, recipe, None) == []
+    assert read_groups(data, recipe, None, Skipped()) == []
     monkeypatch.setattr(generalise, "LEAST", 30)
-    assert len(read_groups(data, recipe, None)) == 6
+    assert len(read_groups(data, recipe, None, Skipped())) == 6
     less = dataclasses.replace(recipe, exclude=["asks_harmful"])
-    assert ("asks_harmful",) not in read_groups(data, less, None)
-    assert read_groups(data, recipe, ["asks_harmful+asks_unharmful"]) == [("asks_harmful", "asks_unharmful")]
+    assert ("asks_harmful",) not in read_groups(data, less, None, Skipped())
+    assert read_groups(data, recipe, ["asks_harmful+asks_unharmful"], Skipped()) == [("asks_harmful", "asks_unharmful")]
     with pytest.raises(GeneraliseError, match=r"begs: no labelled request.*asks_harmful"):
-        read_groups(data, recipe, ["begs"])
+        read_groups(data, recipe, ["begs"], Skipped())
 
 
 def test_a_fold_trains_on_nothing_of_its_group(tmp_path: Path) -> None:
@@ -116,6 +116,8 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, recipe = _corpus(tmp_path / "data")
+    with (data / "rows.jsonl").open("a") as lines:
+        lines.write("no row\n")
     file, output = _write(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
     given = _parse(
         *("--data", str(data), "--recipe", file, "--output", str(output), "--quick"),
@@ -129,7 +131,10 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
         ("wants_harmful", "wants_harmful"),
     ]
     assert report["means"][0]["auc"]["n"] == 3
-    assert "mean over sources" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mean over sources" in said
+    assert "1 rows left out" in said
+    assert "rows.jsonl:181" in said
 
     # Killed in the second fold: only that one is done again.
     journal = output / "folds.jsonl"

@@ -115,6 +115,27 @@ def test_data_without_a_subject_is_said_so(tmp_path: Path) -> None:
         command.run(given)
 
 
+@pytest.mark.parametrize("groups", [["translation"], ["typography", "--side", "response"]])
+def test_a_group_that_gives_nothing_to_ask_is_said_so(tmp_path: Path, groups: list[str]) -> None:
+    row = {"id": "1", "source": "s", "prompt": "hi", "prompt_label": "harmful"}
+    row |= {"response": "ho", "response_label": "unharmful"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    given = _parse(
+        *(
+            "--data",
+            str(tmp_path / "rows.jsonl"),
+            "--model",
+            "nano",
+            "--output",
+            str(tmp_path / "o"),
+            "--groups",
+            *groups,
+        )
+    )
+    with pytest.raises(PerturbError, match="--translations FILE"):
+        command.run(given)
+
+
 def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         _parse("--help")

@@ -146,6 +146,16 @@ def test_rl_looks_at_every_nth_row_of_text(tmp_path: Path, data: Path, stand_in:
     assert not (tmp_path / "out" / "candidates.jsonl.part").exists()
 
 
+def test_a_bad_line_of_the_training_file_ends_nothing(tmp_path: Path, data: Path, stand_in: Path) -> None:
+    good = {"id": 7, "source": "made", "prompt": "x"}
+    lines = [b"{cut off", b'"no row"', b'{"source": "no id"}', b"\xff", b"[" * 100_000, b"", json.dumps(good).encode()]
+    (data / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(line + b"\n" for line in lines)))
+    done = reproduce(tmp_path, data, stand_in, RL_EVERY="1")
+    assert done.returncode == 0, done.stderr
+    assert not held_out("7", HELD_BACK)
+    assert json.loads((tmp_path / "out" / "candidates.jsonl").read_text()) == good
+
+
 @pytest.mark.parametrize("arguments", [[], ["nowhere", "out"]])
 def test_without_data_it_says_how_it_is_used(arguments: list[str]) -> None:
     done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)

@@ -61,21 +61,26 @@ def run(given: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{given.rows}: no such file; make it with `guard-train augment`")
     console = Console(width=None if sys.stdout.isatty() else 150)
     skipped = Skipped()
+    # each variant reads them for itself and says so in its log.txt
+    if not read_good_rows(given.rows, skipped):
+        raise ValueError(f"{given.rows}: no usable row to train on; {skipped.summary()}")
     rows = sample(usable(read_good_rows(given.data, skipped), skipped), given.limit)
     if not rows:
         raise ValueError(f"{given.data}: no usable row to measure on")
     model = given.model or recipe.model
     launch = {"launch": shlex.split(given.launch)} if given.launch else {}
-    results = ablation.run(
-        recipe,
-        model,
-        given.output,
-        variants,
-        train=ablation.trainer(given.rows, model, **launch),
-        ask=ablation.asker(rows, concurrency=given.concurrency, console=console),
-    )
-    console.print(ablation.table(results))
-    for file in ablation.write(results, recipe, given.output):
-        console.print(str(file), highlight=False)
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    try:
+        results = ablation.run(
+            recipe,
+            model,
+            given.output,
+            variants,
+            train=ablation.trainer(given.rows, model, **launch),
+            ask=ablation.asker(rows, concurrency=given.concurrency, console=console),
+        )
+        console.print(ablation.table(results))
+        for file in ablation.write(results, recipe, given.output):
+            console.print(str(file), highlight=False)
+    finally:
+        if skipped.reasons:
+            console.print(skipped.summary(), markup=False, highlight=False)

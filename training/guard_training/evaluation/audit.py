@@ -71,9 +71,9 @@ def audit(
     skipped = Skipped()
     rows = sample(read_good_rows(data, skipped), limit, seed)
     with Progress(console=console) as progress, Journal(output / "answers.jsonl") as journal:
-        cases, left_out = _cases(rows, probe, progress)
+        cases, left_out = _cases(rows, probe, progress, skipped)
         if not cases:
-            raise AuditError(f"{data}: no row that fits into one window of the guard")
+            raise AuditError(f"{data}: no row that fits into one window of the guard; {skipped.summary()}")
         said = answers(cases, probe, journal, progress)
         written = [answer for answer in said.values() if isinstance(answer, Written)]
         lent = intervene(written, seed)
@@ -103,8 +103,10 @@ def audit(
     return report
 
 
-def _cases(rows: Sequence[Row], probe: Probe, progress: Progress) -> tuple[list[Case], dict[str, int]]:
-    """The rows that fit into one window, each once, and why the others do not count."""
+def _cases(
+    rows: Sequence[Row], probe: Probe, progress: Progress, skipped: Skipped
+) -> tuple[list[Case], dict[str, int]]:
+    """The rows that fit into one window, each once, and why the others do not count; unreadable images by name."""
     read = None
     if probe.facts.reader and any(row.image for row in rows):
         from guard_middleware.guard.reader import Reader
@@ -120,8 +122,11 @@ def _cases(rows: Sequence[Row], probe: Probe, progress: Progress) -> tuple[list[
             images = [blob.data for blob in asked.blobs()]
             transcript = render(asked, [read(image) for image in images] if read else ())
             prompts = plan(transcript, images, probe)
-        except (GuardError, CorpusError) as error:
-            left_out[error.kind.value if isinstance(error, GuardError) else "unreadable image"] += 1
+        except GuardError as error:
+            left_out[error.kind.value] += 1
+            continue
+        except CorpusError as error:
+            skipped(str(error))
             continue
         if len(prompts) > 1:
             left_out["longer than one window"] += 1

@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from guard_training.cli import LAUNCH
-from guard_training.corpus.rows import Row, read_rows
+from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import measure, sample
 from guard_training.evaluation.perturb import subjects
@@ -73,9 +73,10 @@ class Said:
     harmful: bool | None
 
 
-def read_groups(data: Path, recipe: Recipe, stated: Sequence[str] | None) -> list[tuple[str, ...]]:
-    """``source`` or ``source+source`` as groups; by default every source with ``LEAST`` labelled requests."""
-    rows = [row for name in recipe.files for row in subjects(read_rows(data / name), "request")]
+def read_groups(data: Path, recipe: Recipe, stated: Sequence[str] | None, skipped: Skipped) -> list[tuple[str, ...]]:
+    """``source`` or ``source+source`` as groups; by default every source with ``LEAST`` labelled requests. Bad lines
+    go to ``skipped``."""
+    rows = [row for name in recipe.files for row in subjects(read_good_rows(data / name, skipped), "request")]
     sizes = Counter(row.source for row in rows if row.source not in recipe.exclude)
     if not stated:
         return [(source,) for source, count in sorted(sizes.items()) if count >= LEAST]
@@ -93,8 +94,9 @@ def make_fold(data: Path, recipe: Recipe, group: tuple[str, ...], *, limit: int 
     """Rows as nano's own pipeline reads them, with and without the group. Raises ``GeneraliseError``."""
     from guard_training.nano.rows import load_rows
 
-    everything = load_rows(data, recipe)
-    rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]))
+    told = Skipped()  # read_groups has said it
+    everything = load_rows(data, recipe, skipped=told)
+    rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]), skipped=told)
     left_out = [row for row in [*everything.prompts, *everything.held_out] if row.source in group]
     missing = {"harmful", "unharmful"} - {row.request for row in rows.prompts}
     if missing:
@@ -216,9 +218,10 @@ def generalise(
     ``output`` gets ``folds.jsonl`` (figures of the folds done, which are not done again), a folder per trained fold
     and ``report.json``. Raises ``GeneraliseError``.
     """
-    folds = read_groups(data, recipe, groups)
+    skipped = Skipped()
+    folds = read_groups(data, recipe, groups, skipped)
     if not folds:
-        raise GeneraliseError(f"no source has {LEAST} labelled requests; name some with --groups")
+        raise GeneraliseError(f"no source has {LEAST} labelled requests; name some with --groups; {skipped.summary()}")
     settings = [dataclasses.asdict(recipe), _digests(data, recipe), limit, seed, quick, list(options)]
     with Journal(output / "folds.jsonl") as journal:
         keys = [hashlib.sha256(json.dumps([settings, group]).encode()).hexdigest()[:32] for group in folds]
@@ -257,6 +260,8 @@ def generalise(
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print_table(report, console)
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False)
     return report
 
 

@@ -108,6 +108,11 @@ def measure_robustness(
         Variant(_PLAIN, "", lambda row: row),
         *variants(rows, side, groups=groups, translations=words, images=output / "images", seed=seed),
     ]
+    if len(ways) == 1:
+        raise PerturbError(
+            f"no way to rewrite a {side} in {', '.join(groups)}: typography is for requests, and translation needs "
+            "--translations FILE with ids of the data"
+        )
     with Progress(console=console) as progress:
         forms = [[_form(way, row) for row in chosen] for way in progress.track(ways, description="writing variants")]
     asked = [row for form in forms for row in form if row is not None]
