@@ -112,6 +112,11 @@ def test_other_answers_are_refused_by_name(text, row, finish, fault) -> None:  #
         "We were told that the request is bad:",
         "I was asked to justify that it is",
         "The correct label is",
+        "Given the verdict, it is",
+        "This matches the harmful verdict:",
+        "As the verdict says, it is",
+        "The verdict states that the request is",
+        "I was told it is",
     ],
 )
 def test_talk_of_a_given_verdict_is_a_leak(leak: str) -> None:
@@ -127,6 +132,9 @@ def test_talk_of_a_given_verdict_is_a_leak(leak: str) -> None:
         "The person was told to wait, which is",
         "It gives instructions, and it is",
         "He has the right to know; still it is",
+        "As the label on the bottle warns, it is",
+        "Based on the label of the jar, it is",
+        "The jury's verdict is quoted; it is",
     ],
 )
 def test_words_about_the_exchange_are_no_leak(fine: str) -> None:

@@ -29,7 +29,8 @@ its last checkpoint when the same command is given again.
   guard-train sft --recipe sft-3b --random-weights --steps 2
   accelerate launch --config_file training/recipes/accelerate/zero3.yaml -m guard_training \\
       sft --recipe sft-3b --data corpus.jsonl --output runs/sft
-  guard-train sft --recipe sft-nano --data corpus.jsonl --output runs/nano --set learning_rate=1.0e-4
+  guard-train sft --recipe sft-nano --data corpus.jsonl --output runs/nano --set epochs=1 \\
+      --set 'lora={rank: 16, scale: 32, dropout: 0.05, targets: [q_proj, v_proj]}'
 
 Row: as of `guard-train corpus`, with "rationale". Rows without one, without a label of the request or longer than the
 cutoff are left out and counted. Curves go to <output>/checkpoints/runs for TensorBoard, where it is installed, and as
@@ -53,7 +54,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--recipe", default="sft-nano", metavar="NAME", help="a file, or sft-nano, sft-3b, sft-7b (default sft-nano)")
     arg("--data", type=Path, metavar="FILE", help="labelled rows with rationales, .jsonl or .jsonl.gz")
     arg("--output", type=Path, metavar="DIR", help="folder of the run")
-    arg("--set", action="append", default=[], metavar="KEY=VALUE", help="change a constant, e.g. epochs=1, lora.rank=8")
+    arg("--set", action="append", default=[], metavar="KEY=VALUE", help="change a constant, e.g. epochs=1")
     arg("--steps", type=int, metavar="N", help="end after N steps of the schedule; the same command goes on")
     arg("--dry-run", action="store_true", help="check the configuration on the meta device and end")
     arg("--random-weights", action="store_true", help="train the real architecture from random weights, to measure it")

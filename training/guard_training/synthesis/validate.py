@@ -62,9 +62,13 @@ _LEAKS = re.compile(
     r"|\b(?:label|verdict|annotation|classification)s?\s+(?:(?:is|are|was|were|has been|have been)\s+)?"
     r"(?:already\s+)?(?:given|provided|stated|supplied|settled|known)\b"
     r"|\b(?:labell?ed|annotated)\s+(?:as\s+)?(?:un)?harmful\b"
-    r"|\baccording to the (?:label|verdict|annotation)s?\b"
+    # not a label that is seen: "based on the label of the bottle"
+    r"|\b(?:according to|given|based on|per|following|(?:in line|consistent) with|match(?:es|ing)?|as)"
+    r" (?:the|this|that) (?:(?:un)?harmful )?(?:label|verdict|annotation)s?\b(?! (?:of|on|in)\b)"
+    r"|\b(?:verdict|annotation)s? (?:say|state|mark|call)s?\b[^.\n]{0,40}\b(?:un)?harmful\b"
     r"|\b(?:i|we) (?:was|were|am|are|have been) (?:told|given|instructed|asked)"
     r" (?:to (?:explain|justify|conclude|reach|arrive)|that (?:the|this) (?:request|response|answer) is"
+    r"|(?:that )?(?:it|this) is (?:un)?harmful"
     r"|(?:the|a|this) (?:verdict|label))\b",
     re.I,
 )
