@@ -6,9 +6,14 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guard_training.tuning.contract import load_model
 from guard_training.tuning.settings import (
     LoraSettings,
     RecipeError,
@@ -169,3 +174,25 @@ def test_adapters_are_a_mapping_in_the_recipe() -> None:
     assert recipe.lora == LoraSettings(2, 8, 0.0, ["q_proj"])
     with pytest.raises(RecipeError, match="rank must be above 0"):
         replace(recipe.lora, rank=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
+def test_accelerate_knows_every_key_of_the_shipped_configurations(name: str, kind: str) -> None:
+    config = load_config_from_file(f"training/recipes/accelerate/{name}.yaml")
+    assert (config.distributed_type, config.mixed_precision) == (kind, "bf16")
+
+
+def test_fsdp_shards_by_layers_that_the_guard_has_and_saves_whole_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    words = ["--config_file", "training/recipes/accelerate/fsdp2.yaml", "-m", "guard_training", "sft"]
+    for key, value in prepare_multi_gpu_env(
+        _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    ).items():
+        if key.startswith("FSDP_"):
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.state_dict_type.name) == (2, "FULL_STATE_DICT")
+    assert set(plugin.transformer_cls_names_to_wrap) <= {type(part).__name__ for part in load_model(folder).modules()}
