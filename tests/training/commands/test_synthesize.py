@@ -324,7 +324,8 @@ def test_a_teacher_that_cannot_be_had_ends_the_run(teacher: Teacher, tmp_path: P
 def test_what_is_no_completion_leaves_the_row_for_the_next_run(teacher: Teacher, tmp_path: Path, word: str) -> None:
     rows = rows_file(tmp_path, [*asks(1), {"id": "odd", "prompt": f"[{word} 1]", "prompt_label": "harmful"}])
     output = tmp_path / "taught.jsonl"
-    with pytest.raises(ValueError, match="1 rows were out of the teacher's reach"):
+    reach = r"1 rows were out of the teacher's reach \((what came back is no chat completion|JSONDecodeError)\)"
+    with pytest.raises(ValueError, match=reach):
         call(rows, output, teacher[1])
     assert [line["id"] for line in lines(output)] == ["r0"]
     call(rows, output, teacher[1])

@@ -104,7 +104,9 @@ def run(given: argparse.Namespace) -> None:
         file = given.output.with_name(f"{given.output.stem}.skipped.txt")
         console.print(skipped.summary() if given.dry_run else skipped.report(file), markup=False, soft_wrap=True)
     if not given.dry_run and tally.out_of_reach:
-        raise ValueError(f"{tally.out_of_reach} rows were out of the teacher's reach: give the same command again")
+        raise ValueError(
+            f"{tally.out_of_reach} rows were out of the teacher's reach ({tally.why}): give the same command again"
+        )
 
 
 def _asking(given: argparse.Namespace) -> Asking:

@@ -46,7 +46,8 @@ class Asking:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a run. ``decided``: labels that the teacher gave, by side; ``unlabelled``: rows that had none."""
+    """What came of a run. ``decided``: labels that the teacher gave, by side; ``unlabelled``: rows that had none;
+    ``why``: what put the last row out of reach."""
 
     written: int = 0
     unlabelled: int = 0
@@ -57,6 +58,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     invalid: int = 0
     out_of_reach: int = 0
+    why: str = ""
     failed_in_a_row: int = 0
 
 
@@ -135,7 +137,7 @@ class _Run:
             except (OutOfReach, Refused) as error:
                 self._failed(error)
                 if isinstance(error, OutOfReach):
-                    self.tally.out_of_reach += 1
+                    self.tally.out_of_reach, self.tally.why = self.tally.out_of_reach + 1, str(error)
                 else:
                     self._invalid(row, [str(error)])
             except CorpusError as error:
