@@ -37,7 +37,7 @@ from guard_training.nano.trainer import Example, encode_example
 #: what ``kind_shares`` may name
 KINDS = ("text", "distilled", "joined", "answered", "pair", "dialogue", "picture")
 #: words of a joined text: up to what fills a window
-_JOINED_WORDS = (40, 220)
+_JOINED_WORDS = (40, 160)
 
 
 def make_cases(
