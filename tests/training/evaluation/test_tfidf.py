@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_training.commands import baseline
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import tfidf
@@ -130,9 +132,31 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
     assert any(row.source.startswith("bank_") for row in seen[0].prompts)
     written = [json.loads(line) for line in (tmp_path / "out" / "t.jsonl").read_text().splitlines()]
     assert [line["id"] for line in written] == [line["id"] for line in lines[:8]]
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "answering" in said
     assert "8 rows answered" in said
     assert "train.jsonl.gz:81" in said
+
+
+def test_an_image_that_the_reader_cannot_read_is_named_and_its_row_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(self: Any, image: bytes) -> str:
+        raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded")
+
+    monkeypatch.setattr("guard_middleware.guard.reader.Reader.read", read)
+    monkeypatch.setattr("guard_middleware.guard.reader.Reader.__init__", lambda self: None)
+    monkeypatch.setattr(tfidf, "training_rows", lambda *_: rows(made(80)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"id": "1", "source": "s", "prompt": "see", "prompt_label": "harmful", "image": "a.png"}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n")
+    parser = argparse.ArgumentParser()
+    baseline.add(parser.add_subparsers())
+    files = ["--data", "train.jsonl", "--evaluate", str(tmp_path / "dev.jsonl"), "--output", str(tmp_path / "t.jsonl")]
+    given = parser.parse_args(["baseline", *files, "--read-images"])
+    given.run(given)
+    assert "dev.jsonl:1: 1: its image is not read (media: an image" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "t.jsonl").read_text())["id"] == "1"
 
 
 _train = tfidf.train

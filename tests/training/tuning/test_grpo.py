@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import completion
 from guard_training.corpus.rows import Row, Skipped, row_to_json
 from guard_training.rowfile import OutputError
@@ -287,9 +288,22 @@ def test_rows_that_cannot_be_used_are_named_and_the_others_go_on(
         Row("broken", "made", "x", "harmful", image=tmp_path / "broken.png"),
     ]
     skipped = Skipped()
-    chosen = select(recipe, contract, [*bad, *rows], skipped)
+    chosen = select(recipe, contract, [*(replace(row, where="a.jsonl:7") for row in bad), *rows], skipped)
     assert chosen.rows == rows
-    assert [reason.split(":")[0] for reason in skipped.reasons] == ["none", "long", "broken"]
+    assert [reason.split(": ")[:2] for reason in skipped.reasons] == [
+        ["a.jsonl:7", name] for name in ("none", "long", "broken")
+    ]
+
+
+def test_an_image_that_the_reader_cannot_read_costs_its_row_alone(
+    recipe: GrpoSettings, contract: Contract, rows: list[Row]
+) -> None:
+    def read(image: bytes) -> str:
+        raise GuardError(GuardErrorKind.MEDIA, "an image that cannot be decoded")
+
+    skipped = Skipped()
+    assert len(select(recipe, contract, rows, skipped, read).rows) == 8
+    assert skipped.reasons[0] == "r0: media: an image that cannot be decoded"
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ def test_corrections_become_a_revision_that_is_whole(plan: Plan) -> None:
     assert (plan.output / "report.html").is_file()
     assert reasons[0] == "c.jsonl:7: not a line of JSON"
     assert reasons[1].startswith("train.jsonl:401: ")
-    assert [reason.partition(": ")[0] for reason in reasons[2:4]] == ["correction:d8", "correction:d9"]
+    assert [reason.split(": ")[:2] for reason in reasons[2:4]] == [
+        ["c.jsonl:4", "correction:d8"], ["c.jsonl:5", "correction:d9"],
+    ]  # fmt: skip
     assert "dev.jsonl holds it too" in reasons[2]
     assert "the golden set golden.jsonl holds it too" in reasons[3]
 
@@ -278,7 +280,7 @@ def test_rl_gets_the_lessons_of_one_turn(plan: Plan) -> None:
     Guards(plan, learnt).run()
     skipped = Skipped()
     pipeline.write_rl_rows(plan.output, skipped)
-    assert [reason.partition(": ")[0] for reason in skipped.reasons] == ["correction:d7"]
+    assert [reason.split(": ")[:2] for reason in skipped.reasons] == [["lessons.jsonl:4", "correction:d7"]]
     rows = [json.loads(text) for text in (plan.output / "rl.jsonl").read_text().splitlines()]
     assert len(rows) == 15
     assert not any("A shop." in json.dumps(row) for row in rows)

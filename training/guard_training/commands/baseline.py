@@ -41,8 +41,9 @@ def run(given: argparse.Namespace) -> None:
     import json
 
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
+    from guard_middleware.errors import GuardError
     from guard_training.corpus.rows import Skipped, read_good_rows
     from guard_training.evaluation.measure import usable
     from guard_training.evaluation.tfidf import predict, train, training_rows
@@ -56,19 +57,26 @@ def run(given: argparse.Namespace) -> None:
     asked = usable([row for path in given.evaluate for row in read_good_rows(path, skipped)], skipped)
     if not asked:
         raise ValueError(f"no usable row to answer; {skipped.summary()}")
-    with console.status("reading the training rows"):
-        rows = training_rows(given.data, recipe, [*given.evaluate, *given.against], skipped)
     drawn: dict[str, str] = {}
-    if given.read_images:
-        from guard_middleware.guard.reader import Reader
+    with Progress(console=console) as progress:
+        task = progress.add_task("reading the training rows", total=3)
+        rows = training_rows(given.data, recipe, [*given.evaluate, *given.against], skipped)
+        progress.advance(task)
+        if given.read_images:
+            from guard_middleware.guard.reader import Reader
 
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        read = DrawnText(given.output.with_name(f"{given.output.name}.drawn.jsonl"), Reader().read)
-        pictured = [row for row in asked if row.image]
-        drawn = {row.id: read(row.image.read_bytes()) for row in track(pictured, "reading images") if row.image}
-    with console.status(f"fitting {len(rows.prompts)} requests and {len(rows.pairs)} answers"):
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            read = DrawnText(given.output.with_name(f"{given.output.name}.drawn.jsonl"), Reader().read)
+            for row in progress.track([row for row in asked if row.image], description="reading images"):
+                try:
+                    drawn[row.id] = read(row.image.read_bytes()) if row.image else ""
+                except GuardError as error:
+                    skipped(f"{row.name}: its image is not read ({error})")
+        progress.update(task, description=f"fitting {len(rows.prompts)} requests and {len(rows.pairs)} answers")
         baseline = train(rows, recipe, given.threshold)
-    lines = [json.dumps(line) + "\n" for line in predict(baseline, asked, drawn)]
+        progress.update(task, advance=1, description="answering")
+        lines = [json.dumps(line) + "\n" for line in predict(baseline, asked, drawn)]
+        progress.advance(task)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(given.output, "".join(lines).encode())
     console.print(

@@ -267,7 +267,7 @@ def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
             if row.image is not None:
                 conversation(row)
         except CorpusError as error:
-            skipped(f"{row.id}: {error}")
+            skipped(str(error))
         else:
             kept.append(row)
     return kept

@@ -24,6 +24,7 @@ from rich.progress import track
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
+from guard_middleware.errors import GuardError
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
 from guard_training.nano.cpu import hasten
@@ -190,13 +191,15 @@ def select(
             continue
         try:
             if row.request is None and not (row.response and row.response_label):
-                raise CorpusError("no label, so nothing to reward")
+                raise CorpusError(f"{row.name}: no label, so nothing to reward")
             drawn = [read(blob.data) for blob in conversation(row).blobs()] if read else []
             tokens = len(contract.expand(contract.encode(row, drawn).ids, pictures(row)))
             if tokens > recipe.prompt_tokens:
-                raise CorpusError(f"{tokens} tokens, more than prompt_tokens {recipe.prompt_tokens}")
+                raise CorpusError(f"{row.name}: {tokens} tokens, more than prompt_tokens {recipe.prompt_tokens}")
         except CorpusError as error:
-            skipped(f"{row.id}: {error}")
+            skipped(str(error))
+        except GuardError as error:
+            skipped(f"{row.name}: {error}")
         else:
             if drawn:
                 chosen.drawn[len(chosen.rows)] = drawn

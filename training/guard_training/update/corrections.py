@@ -163,7 +163,7 @@ def _correction(value: Any, folder: Path, where: str, log: Mapping[str, Logged] 
         request = request or _logged(log, decision, answered)
     lesson = replace(lesson, request=request if answered else label, response_label=label if answered else None)
     whole(lesson)
-    return Correction(decision, reviewer, lesson, where)
+    return Correction(decision, reviewer, replace(lesson, where=where), where)
 
 
 def _logged(log: Mapping[str, Logged], decision: str, answered: bool) -> Label | None:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from guard_middleware.errors import GuardError
 from guard_middleware.guard.parse import TAGS, parse
 from guard_middleware.types import Label
 from guard_training.corpus.leakage import Fingerprints, Leak, Track, find_leaks, words
@@ -65,8 +66,9 @@ def without_leaks(
     leaks: dict[str, Leak] = {}
     for leak in find_leaks(views, against, fingerprints=fingerprints, track=track):
         leaks.setdefault(leak.id.rpartition("#")[0], leak)
+    names = {row.id: row.name for row in rows}
     for id, leak in leaks.items():
-        skipped(f"{id}: {leak.where} holds it too ({leak.other}, {leak.kind}); never trained on")
+        skipped(f"{names[id]}: {leak.where} holds it too ({leak.other}, {leak.kind}); never trained on")
     return [row for row in rows if row.id not in leaks]
 
 
@@ -151,12 +153,12 @@ def with_rationales(
         if row.request is None and verdict is not None:
             row = replace(row, request=verdict.request)
         if row.request is None:
-            skipped(f"{row.id}: nothing says whether the request is harmful; give request_label")
+            skipped(f"{row.name}: nothing says whether the request is harmful; give request_label")
             continue
         try:
             rationale, origin = _rationale(row, verdict, lexicon, read)
-        except (CorpusError, ValueError) as error:
-            skipped(f"{row.id}: {error}")
+        except (GuardError, ValueError) as error:
+            skipped(f"{row.name}: {error}")
             continue
         origins[origin] += 1
         out.append(replace(row, rationale=rationale))

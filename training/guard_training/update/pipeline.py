@@ -424,7 +424,7 @@ def write_rl_rows(folder: Path, skipped: Skipped) -> None:
     lessons = []
     for row in read_lessons(folder / LESSONS, skipped):
         if getattr(row, "messages", ""):
-            skipped(f"{row.id}: a conversation; learnt by SFT, not by RL")
+            skipped(f"{row.name}: a conversation; learnt by SFT, not by RL")
         else:
             lessons.append(row)
     lines = [json.dumps(row_to_json(bring_image(row, folder), folder), ensure_ascii=False) for row in lessons]
