@@ -10,7 +10,7 @@ from PIL import Image
 
 from guard_training.commands import sft
 from guard_training.corpus.rows import Row, row_to_json
-from guard_training.tuning.contract import load_contract
+from guard_training.tuning.contract import ContractError, load_contract
 from guard_training.tuning.settings import RecipeError
 
 
@@ -113,6 +113,15 @@ def test_what_cannot_be_run_is_refused_with_its_remedy(
 ) -> None:
     with pytest.raises(error, match=words):
         _run(*arguments)
+
+
+def test_a_run_that_cannot_begin_names_bad_rows_and_says_why(
+    recipe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text(data.read_text() + "{broken\n" * 9)
+    with pytest.raises(ContractError, match="no such folder"):
+        _run("--recipe", recipe, "--data", data, "--output", tmp_path / "run", "--cpu", "--set", "model=/nowhere")
+    assert "rows.jsonl:7: not a labelled row" in capsys.readouterr().out
 
 
 def test_no_device_is_refused() -> None:

@@ -446,14 +446,17 @@ class Terminal(io.StringIO):
     [(io.StringIO(), 0, "give --yes"), (Terminal("n\n"), 0, "stopped before"), (Terminal("y\n"), 1, None)],
 )
 def test_somebody_must_agree_before_anything_is_asked(  # type: ignore[no-untyped-def]
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin, asked, reason
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, stdin, asked, reason
 ) -> None:
     scripted, url = teacher
     monkeypatch.setattr("sys.stdin", stdin)
-    path = rows_file(tmp_path, asks(1))
+    path = rows_file(tmp_path, [*asks(1), {"id": "bare"}])
     with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
         call(path, tmp_path / "taught.jsonl", url, yes=False)
     assert len(scripted.bodies) == asked
+    shown = capsys.readouterr().out
+    assert "without a label" in shown
+    assert "1 rows left out:\n  rows.jsonl:2: bare: nothing to judge" in shown
 
 
 def test_without_a_key_openai_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

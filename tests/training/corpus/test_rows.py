@@ -91,6 +91,7 @@ def test_reasons_that_are_not_shown_go_to_a_file_which_the_next_run_takes_away(t
     file = tmp_path / "skipped.txt"
     assert Skipped([f"r{n}: \ud800" for n in range(7)]).report(file).endswith(f"... and 2 more: {file}")
     assert len(file.read_text().splitlines()) == 7
+    assert Skipped(["x"] * 7).report(tmp_path / "not there" / "skipped.txt").endswith("... and 2 more")
     assert Skipped(["r: x"]).report(file) == "1 rows left out:\n  r: x"
     assert not file.exists()
 

@@ -87,23 +87,26 @@ def run(given: argparse.Namespace) -> None:
         raise CorpusError(f"{given.rows}: no usable row; {skipped.summary()}")
     wanted = needed(rows, asking, skipped)[: given.limit]
     console.print(table(estimate(left_over(wanted, given.output, again=given.again), asking.expected), price))
-    if not given.dry_run:
-        _confirm(given.yes, console)
-        teacher = asking.teacher
-        settings = {"teacher": teacher.model, "base_url": teacher.base_url, "temperature": teacher.temperature}
-        # not the attempts: more of them for rows given up is what --again is for, and a row says how many it took
-        settings |= {"max_tokens": teacher.max_tokens, "side": asking.side, "rows": digest(given.rows)}
-        begin(given.output, {"command": "synthesize", **settings})
-        if given.again:
-            invalid_file(given.output).unlink(missing_ok=True)
-        copy(rows, given.output)
-        with Progress(console=console) as progress:
-            tally = write(wanted, asking, limiter, given.output, progress)
-        _report(tally, price, asking, given.output, console)
+    if skipped.reasons:
+        console.print(skipped.summary(), markup=False, soft_wrap=True)
+    if given.dry_run:
+        return
+    _confirm(given.yes, console)
+    teacher = asking.teacher
+    settings = {"teacher": teacher.model, "base_url": teacher.base_url, "temperature": teacher.temperature}
+    # not the attempts: more of them for rows given up is what --again is for, and a row says how many it took
+    settings |= {"max_tokens": teacher.max_tokens, "side": asking.side, "rows": digest(given.rows)}
+    begin(given.output, {"command": "synthesize", **settings})
+    if given.again:
+        invalid_file(given.output).unlink(missing_ok=True)
+    copy(rows, given.output)
+    with Progress(console=console) as progress:
+        tally = write(wanted, asking, limiter, given.output, progress)
+    _report(tally, price, asking, given.output, console)
     if skipped.reasons:
         file = given.output.with_name(f"{given.output.stem}.skipped.txt")
-        console.print(skipped.summary() if given.dry_run else skipped.report(file), markup=False, soft_wrap=True)
-    if not given.dry_run and tally.out_of_reach:
+        console.print(skipped.report(file), markup=False, soft_wrap=True)
+    if tally.out_of_reach:
         raise ValueError(
             f"{tally.out_of_reach} rows were out of the teacher's reach ({tally.why}): give the same command again"
         )

@@ -74,8 +74,11 @@ class Skipped:
         return "\n  ".join([f"{len(self.reasons)} rows left out:", *self.reasons[:shown], *more])
 
     def report(self, file: Path, shown: int = 5) -> str:
-        """The summary; where it does not show every reason, all of them go to ``file``, which it names."""
-        if len(self.reasons) <= shown:
+        """The summary; where it does not show every reason, all of them go to ``file``, which it names.
+
+        Nothing is written where the file's folder is not there: the command ended before it made any output.
+        """
+        if len(self.reasons) <= shown or not file.parent.is_dir():
             file.unlink(missing_ok=True)
             return self.summary(shown)
         file.write_text("".join(f"{reason}\n" for reason in self.reasons), "utf-8", "backslashreplace")
