@@ -112,7 +112,10 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     assert report["made_up_quotes"]["value"] == 0.0
     assert 2.0 <= report["steps"]["value"] <= 3.0
     assert "bread" not in json.dumps({**report, "sources": []})
-    printed = capsys.readouterr().out
+    printed, page = capsys.readouterr().out, (output / "report.html").read_text()
+    assert page.count("<img") == 1
+    assert "<dt>of these, against the verdict</dt>" in page
+    assert "bake" not in page
     assert "opposite" in printed
     assert "rows.jsonl:9" in printed
     assert "none.png is no readable" in printed

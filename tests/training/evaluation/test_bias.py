@@ -108,7 +108,21 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFi
     write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4)) for n in range(10)])
     outcomes.write_text(outcomes.read_text() + "no\n")
     teacher.write_text("".join(f'{{"id": "{n}", "request": "{_LABEL[int(n > 4)]}"}}\n' for n in range(10)) + "no\n")
-    command.run(_parse("--outcomes", str(outcomes), "--teacher", str(teacher), "--json", str(out)))
+    command.run(
+        _parse(
+            "--outcomes",
+            str(outcomes),
+            "--teacher",
+            str(teacher),
+            "--json",
+            str(out),
+            "--report",
+            str(tmp_path / "b.html"),
+        )
+    )
+    page = (tmp_path / "b.html").read_text()
+    assert "wrong, teacher wrong" in page
+    assert page.count("<img") == 1
     (entry,) = json.loads(out.read_text())["sources"]
     assert entry["copied_errors"]["value"] == 1.0
     assert entry["student_and_teacher"]["kappa"]["value"] == 1.0

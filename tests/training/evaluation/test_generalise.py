@@ -133,6 +133,9 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
     assert report["means"][0]["auc"]["n"] == 3
     said = capsys.readouterr().out
     assert "mean over sources" in said
+    page = (output / "report.html").read_text()
+    assert '<td class="word">wants_harmful</td>' in page
+    assert page.count("<img") == 1
     assert "1 rows left out" in said
     assert "rows.jsonl:181" in said
 

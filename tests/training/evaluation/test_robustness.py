@@ -83,7 +83,10 @@ def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
     assert names == ["as it is", "typography", "typography_list", "base64", "rot13", "leetspeak"]
     assert all(entry["rows"] == 4 and entry["errors"] == 0 for entry in report["variants"])
     assert report["variants"][0]["recall_change"]["value"] == 0.0
-    printed = capsys.readouterr().out
+    printed, page = capsys.readouterr().out, (output / "report.html").read_text()
+    assert page.count("<img") == 1
+    assert "typography_list" in page
+    assert "pick a lock" not in page
     assert "typography_list" in printed
     assert "rows.jsonl:5" in printed
     answers = output / "answers.jsonl"

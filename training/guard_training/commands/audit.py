@@ -16,7 +16,8 @@ there is one. A stopped run goes on from OUTPUT when the same command is given a
 
   guard-train audit --data dev.jsonl.gz --model nano --limit 30
 
-OUTPUT gets answers.jsonl, which holds the guard's reasoning and so quotes the data, and report.json (figures only).
+OUTPUT gets answers.jsonl, which holds the guard's reasoning and so quotes the data, and report.json and
+report.html (figures only).
 """
 
 

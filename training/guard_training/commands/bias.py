@@ -30,6 +30,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--outcomes", type=Path, required=True, metavar="FILE", help="what evaluate wrote")
     command.add_argument("--teacher", type=Path, required=True, metavar="FILE", help="JSONL of the teacher's labels")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    command.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write an HTML page with the table and a plot"
+    )
     command.set_defaults(run=run)
 
 
@@ -38,4 +41,4 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.evaluation.bias import report_bias
 
     console = terminal(190)
-    report_bias(given.outcomes, given.teacher, json_file=given.json, console=console)
+    report_bias(given.outcomes, given.teacher, json_file=given.json, page=given.report, console=console)

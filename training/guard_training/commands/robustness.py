@@ -17,7 +17,7 @@ intervals and the paired change. A stopped run goes on from OUTPUT when the same
   guard-train robustness --data dev.jsonl.gz --model nano --groups translation --translations dev.ko.jsonl
 
 Translations are yours: one {"id", "language", "text"} per line, by the id of the row. OUTPUT gets answers.jsonl
-(no text), images/ (drawn rows) and report.json (also by source).
+(no text), images/ (drawn rows), report.json (also by source) and report.html.
 """
 
 

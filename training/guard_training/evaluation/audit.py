@@ -32,6 +32,7 @@ from guard_middleware.worker.weights import resolve
 from guard_middleware.worker.windows import plan
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.evaluation import plots
 from guard_training.evaluation.measure import sample
 from guard_training.evaluation.probe import (
     INTERVENTIONS,
@@ -44,6 +45,7 @@ from guard_training.evaluation.probe import (
     prefill_text,
     question_key,
 )
+from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.robustness import mean_json, rate_json
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
@@ -61,8 +63,8 @@ def audit(
 ) -> dict[str, Any]:
     """Audits a guard, prints the tables and returns the figures; goes on where it was killed.
 
-    ``output`` gets ``answers.jsonl``, which holds the guard's reasoning and so quotes the data, and ``report.json``,
-    which holds figures only. Raises ``AuditError``.
+    ``output`` gets ``answers.jsonl``, which holds the guard's reasoning and so quotes the data, and ``report.json``
+    and ``report.html``, which hold figures only. Raises ``AuditError``.
     """
     try:
         contract, probe = load_contract(model), Probe(resolve(model))
@@ -97,7 +99,14 @@ def audit(
         "sources": [_source(source, written, scores) for source in sorted({one.case.row.source for one in written})],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_tables(report, console)
+    rested = [{**one, "source": one["name"], "side": ""} for one in report["interventions"]]
+    keys = (("changed", "verdict changed"), ("right", "agrees with the data"))
+    drawn = Plot(
+        "Verdicts under another reasoning, with 95 % intervals", plots.rates({model: {"sources": rested}}, keys)
+    )
+    facts = [("Data", data.name), ("Rows", str(len(cases))), ("Model", f"{model}, revision {probe.facts.revision}")]
+    facts += [(words, cell(report[key])) for words, key in _READING.items()]
+    write_table(output / "report.html", print_tables(report, console), drawn, model=model, facts=facts)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)
     return report
@@ -197,7 +206,16 @@ def _source(source: str, written: Sequence[Written], scores: Mapping[str, Sequen
     return {"source": source, "rows": len(at), **_reading(own), "changed": changed}
 
 
-def print_tables(report: Mapping[str, Any], console: Console) -> None:
+_READING = {
+    "steps that quote the input": "quoting",
+    "quotes that do not stand in it": "made_up_quotes",
+    "rows whose steps conclude something": "concludes",
+    "of these, against the verdict": "contradicts",
+    "rows whose steps change their mind": "changes_its_mind",
+}
+
+
+def print_tables(report: Mapping[str, Any], console: Console) -> Table:
     table = Table(title=f"{report['model']} {report['revision']}: verdicts under another reasoning, per cent (95 %)")
     columns = {
         "changed": "verdict changed",
@@ -214,16 +232,10 @@ def print_tables(report: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     count = report["steps"]
     low, high = count["interval"] if count else (0.0, 0.0)
-    lines = {
-        "steps that quote the input": "quoting",
-        "quotes that do not stand in it": "made_up_quotes",
-        "rows whose steps conclude something": "concludes",
-        "of these, against the verdict": "contradicts",
-        "rows whose steps change their mind": "changes_its_mind",
-    }
     console.print(f"steps per row: {count['value'] if count else 0:.2f} ({low:.2f}-{high:.2f})")
-    for words, key in lines.items():
+    for words, key in _READING.items():
         console.print(f"{words}: {cell(report[key])}")
     console.print(
         f"{report['rows']} rows; left out {report['left_out'] or 'none'}; errors {report['errors'] or 'none'}"
     )
+    return table

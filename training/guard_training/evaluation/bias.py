@@ -30,8 +30,10 @@ from rich.table import Table
 
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Skipped, open_text
+from guard_training.evaluation import plots
 from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
+from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.robustness import rate_json
 from guard_training.evaluation.stats import Array, Rate, percentiles
 from guard_training.evaluation.tables import cell
@@ -203,8 +205,13 @@ def _entry(source: str, side: Side, counts: Counts) -> dict[str, Any]:
     }
 
 
-def report_bias(outcomes: Path, teacher: Path, *, json_file: Path | None, console: Console) -> dict[str, Any]:
-    """Compares two files, prints the table and returns the figures. Raises ``BiasError`` and ``OutcomeError``."""
+def report_bias(
+    outcomes: Path, teacher: Path, *, json_file: Path | None, page: Path | None = None, console: Console
+) -> dict[str, Any]:
+    """Compares two files, prints the table (and writes it to ``page``) and returns the figures.
+
+    Raises ``BiasError`` and ``OutcomeError``.
+    """
     skipped = Skipped()
     with Progress(console=console) as progress:
         task = progress.add_task("comparing labels", total=3)
@@ -230,13 +237,21 @@ def report_bias(outcomes: Path, teacher: Path, *, json_file: Path | None, consol
     }
     if json_file:
         write_json(report, json_file)
-    print_table(report, console)
+    table = print_table(report, console)
+    if page:
+        keys = (
+            ("wrong_where_teacher_right", "wrong, teacher right"),
+            ("wrong_where_teacher_wrong", "wrong, teacher wrong"),
+        )
+        drawn = Plot("The guard's errors, with 95 % intervals", plots.rates({first.model: {"sources": entries}}, keys))
+        facts = [("Outcomes", outcomes.name), ("Teacher", teacher.name), ("Model", f"{first.model} {first.revision}")]
+        write_table(page, table, drawn, model=first.model, facts=facts)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)
     return report
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> None:
+def print_table(report: Mapping[str, Any], console: Console) -> Table:
     table = Table(title=f"{report['model']} {report['revision']} beside its teacher: per cent with 95 % intervals")
     columns = (
         "source", "judged", "rows", "teacher right", "student right", "agree", "kappa", "errors copied",
@@ -260,6 +275,7 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(f"left out: {', '.join(f'{why} {n}' for why, n in report['left_out'].items()) or 'none'}")
+    return table
 
 
 def _fraction(value: Mapping[str, Any] | None) -> str:

@@ -32,9 +32,11 @@ from rich.table import Table
 
 from guard_training.cli import LAUNCH
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import measure, sample
 from guard_training.evaluation.perturb import subjects
+from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.robustness import mean_json, rate_json
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.tables import cell
@@ -216,7 +218,7 @@ def generalise(
     """Every fold by the baseline and, unless ``quick``, by a trained guard; prints the table, returns the figures.
 
     ``output`` gets ``folds.jsonl`` (figures of the folds done, which are not done again), a folder per trained fold
-    and ``report.json``. Raises ``GeneraliseError``.
+    and ``report.json`` and ``report.html``. Raises ``GeneraliseError``.
     """
     skipped = Skipped()
     folds = read_groups(data, recipe, groups, skipped)
@@ -259,7 +261,13 @@ def generalise(
         ],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_table(report, console)
+    by_guard = {
+        mean["model"]: {"sources": [{**one, "side": ""} for one in entries if one["model"] == mean["model"]]}
+        for mean in report["means"]
+    }
+    drawn = Plot("Recall and false positives on sources left out, with 95 % intervals", plots.rates(by_guard))
+    facts = [("Data", ", ".join(recipe.files)), ("Recipe", recipe.name), ("Rows", f"at most {limit} of a source")]
+    write_table(output / "report.html", print_table(report, console), drawn, model=recipe.name, facts=facts)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)
     return report
@@ -273,7 +281,7 @@ def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> None:
+def print_table(report: Mapping[str, Any], console: Console) -> Table:
     table = Table(title="sources left out of training: per cent with 95 % intervals")
     columns = (
         "left out",
@@ -306,3 +314,4 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
         figures = [cell(mean[name]) for name in ("recall", "false_positive_rate", "auc")]
         table.add_row("mean over sources", "", mean["model"], "", *figures, "", "")
     console.print(table)
+    return table

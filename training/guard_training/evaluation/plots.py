@@ -31,20 +31,24 @@ _STYLE: Any = {
 Models = Mapping[str, Sequence[Outcome]]
 
 
-def rates(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Recall and false positives of every source and side with their intervals, one colour per model."""
+def rates(
+    summaries: Mapping[str, Mapping[str, Any]],
+    figures: tuple[tuple[str, str], tuple[str, str]] = (
+        ("recall", "recall"),
+        ("false_positive_rate", "false positives"),
+    ),
+) -> str:
+    """Two rates (key and title) of every source and side with their intervals, one colour per model."""
     names = list(dict.fromkeys((e["source"], e["side"]) for s in summaries.values() for e in s["sources"]))
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9, 1 + 0.32 * max(2, len(names))))
         panels = figure.subplots(1, 2, sharey=True)
-        for panel, key, title in zip(
-            panels, ("recall", "false_positive_rate"), ("recall", "false positives"), strict=True
-        ):
+        for panel, (key, title) in zip(panels, figures, strict=True):
             for shift, (model, colour) in enumerate(zip(summaries, _colours(), strict=False)):
                 offset = 0.5 * ((shift + 0.5) / len(summaries) - 0.5)
                 _dots(panel, summaries[model]["sources"], key, names, offset, colour, model)
             panel.set(title=f"{title}, per cent with 95 % interval", xlim=(-2, 102))
-        panels[0].set_yticks(range(len(names)), [f"{source} ({side})" for source, side in names])
+        panels[0].set_yticks(range(len(names)), [f"{source} ({side})" if side else source for source, side in names])
         panels[0].invert_yaxis()
         if len(summaries) > 1:
             panels[1].legend(loc="upper right")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich.table import Table
 
 from guard_training.evaluation import plots, tables
 from guard_training.evaluation.metrics import Mode, called, groups
@@ -90,6 +91,15 @@ def page(
         mistakes=mistakes,
         skipped=skipped,
     )
+
+
+def write_table(path: Path, table: Table, plot: Plot, *, model: str, facts: Sequence[tuple[str, str]]) -> None:
+    """A page of one table of the terminal and its plot."""
+    columns = tuple(str(column.header) for column in table.columns)
+    rows = tuple(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    left = sum(column.justify == "left" for column in table.columns)
+    sheet = tables.Sheet(str(table.title), columns, rows, left=left)
+    write_report(path, page(str(table.title), model, [Section("Figures", (sheet,), (plot,))], facts=facts))
 
 
 def write_report(path: Path, page: str) -> None:

@@ -25,10 +25,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import identity, measure, sample
 from guard_training.evaluation.outcomes import Outcome, Side
 from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
+from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.tables import cell
 
@@ -95,7 +97,8 @@ def measure_robustness(
 ) -> dict[str, Any]:
     """Asks about every row in every form, prints the table and returns the figures; goes on where it was killed.
 
-    ``output`` gets ``answers.jsonl`` (no text), ``images/`` and ``report.json``. Raises ``PerturbError``.
+    ``output`` gets ``answers.jsonl`` (no text), ``images/``, ``report.json`` and ``report.html``. Raises
+    ``PerturbError``.
     """
     skipped = Skipped()
     rows = read_good_rows(data, skipped)
@@ -130,7 +133,10 @@ def measure_robustness(
         "variants": [_entry(way, chosen, said[0], form, side) for way, form in zip(ways, said, strict=True)],
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print_table(report, console)
+    figures = {name: {"sources": [{**one, "source": one["name"], "side": one["group"]} for one in report["variants"]]}}
+    drawn = Plot("Recall and false positives by perturbation, with 95 % intervals", plots.rates(figures))
+    facts = [("Data", data.name), ("Rows", str(len(chosen))), ("Model", f"{name}, revision {revision}")]
+    write_table(output / "report.html", print_table(report, console), drawn, model=name, facts=facts)
     if skipped.reasons:
         console.print(skipped.summary(), markup=False)
     return report
@@ -194,7 +200,7 @@ def _hit(said: Outcome, side: Side, label: str) -> bool:
     return said.called(side) == "harmful" if label == "harmful" else said.called(side) != "unharmful"
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> None:
+def print_table(report: Mapping[str, Any], console: Console) -> Table:
     table = Table(title=f"{report['model']} {report['revision']}: {report['side']}s, per cent with 95 % intervals")
     columns = (
         "perturbation", "group", "harmful", "recall", "change", "harmless", "false positives", "change", "area (ROC)",
@@ -222,3 +228,4 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
         f"{report['rows']} rows; sources pooled here and apart in report.json; changes are against the same rows as "
         "they are"
     )
+    return table
