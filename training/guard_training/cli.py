@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], None] = given.run
     try:
         run(given)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:  # a file that is not there, a folder in its place, a full disk
         print(f"guard-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
