@@ -249,7 +249,7 @@ def generalise(
             journal.append({"id": key, "entries": found})
         known = {line["id"]: line["entries"] for line in journal}
     entries = [entry for key in keys for entry in known[key]]
-    report = {
+    report: dict[str, Any] = {
         "files": recipe.files,
         "recipe": recipe.name,
         "limit": limit,

@@ -121,7 +121,7 @@ def measure_robustness(
     asked = [row for form in forms for row in form if row is not None]
     answers = iter(measure(asked, model, concurrency=concurrency, console=console, journal=output / "answers.jsonl"))
     said = [[None if row is None else next(answers) for row in form] for form in forms]
-    report = {
+    report: dict[str, Any] = {
         "data": data.name,
         "model": name,
         "revision": revision,
