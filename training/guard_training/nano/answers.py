@@ -19,9 +19,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from guard_training.corpus.rows import Row
-from guard_training.nano.encoder import Embeddings, fit_head
+from guard_training.nano.encoder import Embeddings
 from guard_training.nano.lexicon import balance, word_lexicon
 from guard_training.nano.mixture import cut
+from guard_training.nano.pool import mixed_chances
 from guard_training.nano.recipe import Recipe
 from guard_training.nano.variants import Thesaurus, variant
 
@@ -83,7 +84,6 @@ def make_answers(
     seen = torch.cat((answers, kept.of([prompt for prompt, _ in pairs], progress, "embedding their prompts")), 1)
     harmful = [row.response_label == "harmful" for row in rows]
     weights = balance([row.source for row in rows], harmful, shares)
-    head, bias = fit_head(seen[: len(rows)], harmful, weights, penalty=recipe.head_penalty)
     words = word_lexicon(
         [answer for _, answer in pairs[: len(rows)]],
         harmful,
@@ -92,7 +92,13 @@ def make_answers(
         steps=recipe.odds_steps,
         penalty=recipe.odds_penalty,
     )
-    by_meaning = (seen.float() @ head + bias) * recipe.head_sharpness
-    by_words = torch.tensor([words.score(answer) for _, answer in pairs])
-    logits = (1 - recipe.lexicon_share) * by_meaning + recipe.lexicon_share * by_words
-    return Answers(pairs, answers, torch.sigmoid(logits), range(len(rows), len(pairs)))
+    chances = mixed_chances(
+        seen,
+        [words.score(answer) for _, answer in pairs],
+        harmful,
+        weights,
+        penalty=recipe.head_penalty,
+        sharpness=recipe.head_sharpness,
+        lexicon_share=recipe.lexicon_share,
+    )
+    return Answers(pairs, answers, chances, range(len(rows), len(pairs)))

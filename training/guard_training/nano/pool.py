@@ -80,11 +80,30 @@ def make_pool(
         groups[name] = range(len(texts), len(texts) + len(more))
         texts += [text[:LONGEST] for text in more]
     vectors = kept.of(texts, progress, "embedding texts")
-    head, bias = fit_head(vectors[: len(prompts)], harmful, weights, penalty=penalty)
+    by_words = [lexicon.score(text) for text in texts]
+    chances = mixed_chances(
+        vectors, by_words, harmful, weights, penalty=penalty, sharpness=sharpness, lexicon_share=lexicon_share
+    )
+    return Pool(texts, vectors, chances, groups)
+
+
+def mixed_chances(
+    vectors: Tensor,
+    by_words: Sequence[float],
+    harmful: Sequence[bool],
+    weights: Sequence[float],
+    *,
+    penalty: float,
+    sharpness: float,
+    lexicon_share: float,
+) -> Tensor:
+    """The chances of harm (texts,) by a head on ``vectors`` (texts, features) and by logits of words.
+
+    ``harmful`` and ``weights`` are of the first texts, which are labelled: the head is fitted to them.
+    """
+    head, bias = fit_head(vectors[: len(harmful)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
-    by_words = torch.tensor([lexicon.score(text) for text in texts])
-    logits = (1 - lexicon_share) * by_meaning + lexicon_share * by_words
-    return Pool(texts, vectors, torch.sigmoid(logits), groups)
+    return torch.sigmoid((1 - lexicon_share) * by_meaning + lexicon_share * torch.tensor(by_words))
 
 
 def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:
