@@ -7,14 +7,13 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from guard_training.process import INTERRUPTED, ended_by_sigterm
+
 #: The sub-commands, in the order of the work: a module of ``guard_training.commands`` each.
 COMMANDS = (
     "corpus", "synthesize", "sft", "reject", "augment", "grpo", "sweep", "evaluate", "baseline", "robustness", "audit",
     "bias", "generalise", "calibrate", "update", "publish", "nano", "tower", "card",
 )  # fmt: skip
-
-#: Starts ``guard-train`` in a process of its own.
-LAUNCH = (sys.executable, "-m", "guard_training")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,15 +26,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 done, 1 an input that cannot be used, 2 a wrong command line, 130 stopped by Ctrl-C."""
+    """Runs one command; 0 done, 1 an input that cannot be used, 2 a wrong command line, 130 stopped by Ctrl-C.
+
+    SIGTERM ends the process with 143, after what it started.
+    """
     given = parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = given.run
     try:
-        run(given)
+        with ended_by_sigterm():
+            run(given)
     except (OSError, ValueError) as error:  # a file that is not there, a folder in its place, a full disk
         print(f"guard-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("guard-train: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

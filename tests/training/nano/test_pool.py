@@ -14,7 +14,7 @@ from torch import Tensor
 from guard_training.nano import encoder, variants
 from guard_training.nano.encoder import Embeddings, SentenceEncoder, fit_head
 from guard_training.nano.lexicon import Lexicon
-from guard_training.nano.pool import kept_texts, make_pool, make_stretches
+from guard_training.nano.pool import kept_texts, make_pool, make_stretches, mixed_chances
 from guard_training.nano.variants import make_thesaurus, variant
 
 asked: list[str] = []
@@ -70,6 +70,7 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
             penalty=1e-2,
             sharpness=1.0,
             lexicon_share=0.5,
+            label_share=0.0,
             kept=Embeddings(tmp_path),
             progress=progress,
         )
@@ -77,6 +78,17 @@ def test_the_pool_judges_by_meaning_and_by_words(tmp_path: Path) -> None:
     assert pool.chances[0] > 0.5 > pool.chances[1]
     assert pool.chances[8] > 0.5  # begins as "lock" does
     assert pool.chances[9] > 0.9  # for its word
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, [0.5, 0.5, 0.5]), (0.5, [0.75, 0.25, 0.5]), (1.0, [1.0, 0.0, 0.5])]
+)
+def test_a_labelled_text_is_judged_by_its_label_too(share: float, expected: list[float]) -> None:
+    vectors = torch.ones(3, 4)  # what the encoder cannot tell apart
+    chances = mixed_chances(
+        vectors, [0.0] * 3, [True, False], [0.5, 0.5], penalty=1.0, sharpness=1.0, lexicon_share=0.5, label_share=share
+    )
+    assert chances.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_run_that_goes_on_keeps_its_texts(tmp_path: Path) -> None:
@@ -90,7 +102,7 @@ def test_a_pool_knows_whose_its_texts_are(tmp_path: Path) -> None:
     with Progress(disable=True) as progress:
         pool = make_pool(
             ["lock", "bread"], [True, False], [0.5, 0.5], others, Lexicon({}, {}), penalty=1e-2, sharpness=1.0,
-            lexicon_share=0.5, kept=Embeddings(tmp_path), progress=progress,
+            lexicon_share=0.5, label_share=0.0, kept=Embeddings(tmp_path), progress=progress,
         )  # fmt: skip
     rng = random.Random(1)
     assert {pool.texts[pool.draw("variants", rng)] for _ in range(40)} == {"pick a bolt", "bake buns"}

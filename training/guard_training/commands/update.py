@@ -103,8 +103,8 @@ def _stage(given: argparse.Namespace) -> None:
 
 
 def _update(given: argparse.Namespace, console: Console) -> None:
-    from guard_training.cli import LAUNCH
     from guard_training.corpus.rows import Skipped
+    from guard_training.process import LAUNCH
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
     from guard_training.update import pipeline

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_training.cli import LAUNCH
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
@@ -43,6 +41,7 @@ from guard_training.evaluation.tables import cell
 from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal
 from guard_training.nano.recipe import Recipe
+from guard_training.process import LAUNCH, run_child
 from guard_training.rowfile import begin, digest
 
 #: Labelled requests that a source must have to be a fold of its own by default.
@@ -132,12 +131,10 @@ def train_guard(data: Path, recipe: Recipe, fold: Fold, folder: Path, options: S
     if not finished.exists():
         file.write_text(yaml.safe_dump(without, sort_keys=False), encoding="utf-8")
         arguments = ["nano", "--data", str(data), "--output", str(run), "--recipe", str(file), *options]
-        ended = subprocess.run([*LAUNCH, *arguments], check=False)  # noqa: S603
-        if ended.returncode == 130:
-            raise KeyboardInterrupt
-        if ended.returncode:
+        status = run_child([*LAUNCH, *arguments])
+        if status:
             raise GeneraliseError(
-                f"training without {fold.name} stopped (exit {ended.returncode}); see above, the same command goes on"
+                f"training without {fold.name} stopped (exit {status}); see above, the same command goes on"
             )
         finished.touch()
     return run / "model"

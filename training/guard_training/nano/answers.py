@@ -100,5 +100,6 @@ def make_answers(
         penalty=recipe.head_penalty,
         sharpness=recipe.head_sharpness,
         lexicon_share=recipe.lexicon_share,
+        label_share=recipe.label_share,
     )
     return Answers(pairs, answers, chances, range(len(rows), len(pairs)))

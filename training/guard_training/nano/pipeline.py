@@ -171,6 +171,7 @@ def train_nano(
             penalty=recipe.head_penalty,
             sharpness=recipe.head_sharpness,
             lexicon_share=recipe.lexicon_share,
+            label_share=recipe.label_share,
             kept=kept,
             progress=progress,
         )

@@ -67,12 +67,13 @@ def make_pool(
     penalty: float,
     sharpness: float,
     lexicon_share: float,
+    label_share: float,
     kept: Embeddings,
     progress: Progress,
 ) -> Pool:
     """Embeds everything and judges it; ``harmful`` and ``weights`` are of the prompts, ``others`` the other groups.
 
-    The logit of harm is the head's times ``sharpness`` and the word count's, mixed by ``lexicon_share``.
+    The other arguments are those of ``mixed_chances``.
     """
     texts = [prompt[:LONGEST] for prompt in prompts]
     groups = {"prompts": range(len(texts))}
@@ -82,7 +83,14 @@ def make_pool(
     vectors = kept.of(texts, progress, "embedding texts")
     by_words = [lexicon.score(text) for text in texts]
     chances = mixed_chances(
-        vectors, by_words, harmful, weights, penalty=penalty, sharpness=sharpness, lexicon_share=lexicon_share
+        vectors,
+        by_words,
+        harmful,
+        weights,
+        penalty=penalty,
+        sharpness=sharpness,
+        lexicon_share=lexicon_share,
+        label_share=label_share,
     )
     return Pool(texts, vectors, chances, groups)
 
@@ -96,14 +104,21 @@ def mixed_chances(
     penalty: float,
     sharpness: float,
     lexicon_share: float,
+    label_share: float,
 ) -> Tensor:
     """The chances of harm (texts,) by a head on ``vectors`` (texts, features) and by logits of words.
 
-    ``harmful`` and ``weights`` are of the first texts, which are labelled: the head is fitted to them.
+    ``harmful`` and ``weights`` are of the first texts, which are labelled: the head is fitted to them. The logit of
+    harm is the head's times ``sharpness`` and the words', mixed by ``lexicon_share``; of a labelled text,
+    ``label_share`` of the chance is its label, which knows what neither meaning nor words tell (who an instruction is
+    for, say).
     """
     head, bias = fit_head(vectors[: len(harmful)], harmful, weights, penalty=penalty)
     by_meaning = (vectors.float() @ head + bias) * sharpness
-    return torch.sigmoid((1 - lexicon_share) * by_meaning + lexicon_share * torch.tensor(by_words))
+    chances = torch.sigmoid((1 - lexicon_share) * by_meaning + lexicon_share * torch.tensor(by_words))
+    labels = torch.tensor(harmful, dtype=chances.dtype)
+    chances[: len(labels)].lerp_(labels, label_share)
+    return chances
 
 
 def word_vectors(tokenizer: PreTrainedTokenizerFast, kept: Embeddings, progress: Progress) -> Tensor:

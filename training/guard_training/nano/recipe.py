@@ -39,6 +39,7 @@ class Recipe:
     head_penalty: float
     head_sharpness: float
     lexicon_share: float
+    label_share: float
     embedding_weight: float
     prompt_words: int
     images: int

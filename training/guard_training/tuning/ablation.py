@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from guard_training.cli import LAUNCH
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
+from guard_training.process import LAUNCH, run_child
 from guard_training.rowfile import write_whole
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.run import last_checkpoint
@@ -78,14 +77,12 @@ def trainer(rows: Path, model: str, launch: Sequence[str] = LAUNCH) -> Train:
         command = [*launch, "grpo", "--rows", str(rows), "--model", model, "--recipe", str(file)]
         with (folder / "log.txt").open("a+b") as log:
             begun = log.seek(0, os.SEEK_END)
-            done = subprocess.run([*command, "--output", str(folder)], stdout=log, stderr=log, check=False)  # noqa: S603
+            status = run_child([*command, "--output", str(folder)], log)
             log.seek(begun)
             said = log.read().decode(errors="replace").strip().splitlines()
-        if done.returncode == 0:
+        if status == 0:
             return None
         told = [line for line in said if line.startswith("guard-train: ")]
-        if done.returncode == 130:
-            raise KeyboardInterrupt
         return told[-1].removeprefix("guard-train: ") if told else f"{said[-1] if said else 'no word'} (see log.txt)"
 
     return train

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ from rich.progress import Progress, track
 from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
-from guard_training.cli import LAUNCH
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import Row, Skipped, read_good_rows, row_to_json
 from guard_training.evaluation.measure import Asked, ask_all, identity, measure, sample, usable, worker, write_json
@@ -34,6 +32,7 @@ from guard_training.evaluation.report import render, write_report
 from guard_training.journal import Journal
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.teacher import form
+from guard_training.process import LAUNCH, run_child
 from guard_training.rowfile import begin, bring_image, digest, write_whole
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import SftSettings
@@ -397,11 +396,9 @@ def trainer(console: Console, skipped: Skipped, launch: Sequence[str] = LAUNCH, 
     """Each stage in a process of its own, whose bar and words go to this terminal. ``launch`` starts guard-train."""
 
     def start(*arguments: str) -> None:
-        done = subprocess.run([*launch, *arguments, *(["--cpu"] if cpu else [])], check=False)  # noqa: S603
-        if done.returncode == 130:
-            raise KeyboardInterrupt
-        if done.returncode:
-            raise UpdateError(f"training stopped (exit {done.returncode}); see above, the same command goes on")
+        status = run_child([*launch, *arguments, *(["--cpu"] if cpu else [])])
+        if status:
+            raise UpdateError(f"training stopped (exit {status}); see above, the same command goes on")
 
     def train(plan: Plan) -> Path:
         start("update", "--stage", str(plan.output))
