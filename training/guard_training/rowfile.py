@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ def write_whole(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(data)
     part.replace(path)
+
+
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, as JSON keeps it (a tuple is a list); a run that goes on gets what ``path`` holds."""
+    if not path.exists():
+        write_whole(path, json.dumps(make()).encode())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def bring_image(row: Row, folder: Path) -> Row:

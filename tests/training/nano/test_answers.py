@@ -15,7 +15,7 @@ from torch import Tensor
 from guard_training.corpus.rows import Row
 from guard_training.nano import answers as module
 from guard_training.nano import encoder
-from guard_training.nano.answers import kept_pairs, make_answers, make_pairs
+from guard_training.nano.answers import make_answers, make_pairs
 from guard_training.nano.encoder import Embeddings, SentenceEncoder
 from guard_training.nano.recipe import default_recipe, read_recipe
 from guard_training.nano.variants import Thesaurus
@@ -72,11 +72,6 @@ def test_long_prompts_and_answers_are_cut(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(
         len(prompt) <= 5 and len(answer) <= 7 for prompt, answer in make_pairs([row] * 9, ["x" * 9], THESAURUS, RECIPE)
     )
-
-
-def test_a_run_that_goes_on_keeps_its_pairs(tmp_path: Path) -> None:
-    first = kept_pairs(tmp_path / "a.json", lambda: [("p", "a")])
-    assert kept_pairs(tmp_path / "a.json", lambda: [("other", "pair")]) == first == [("p", "a")]
 
 
 def test_nothing_is_drawn_but_from_the_seed() -> None:

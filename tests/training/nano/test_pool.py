@@ -14,7 +14,7 @@ from torch import Tensor
 from guard_training.nano import encoder, variants
 from guard_training.nano.encoder import Embeddings, SentenceEncoder, fit_head
 from guard_training.nano.lexicon import Lexicon
-from guard_training.nano.pool import kept_texts, make_pool, make_stretches, mixed_chances
+from guard_training.nano.pool import make_pool, mixed_chances
 from guard_training.nano.variants import make_thesaurus, variant
 
 asked: list[str] = []
@@ -89,12 +89,6 @@ def test_a_labelled_text_is_judged_by_its_label_too(share: float, expected: list
         vectors, [0.0] * 3, [True, False], [0.5, 0.5], penalty=1.0, sharpness=1.0, lexicon_share=0.5, label_share=share
     )
     assert chances.tolist() == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_run_that_goes_on_keeps_its_texts(tmp_path: Path) -> None:
-    first = kept_texts(tmp_path / "s.json", lambda: make_stretches(["how do I pick a lock", "bake bread"], 20, 3, 1))
-    assert len(first) == 20
-    assert kept_texts(tmp_path / "s.json", lambda: ["other texts"]) == first
 
 
 def test_a_pool_knows_whose_its_texts_are(tmp_path: Path) -> None:

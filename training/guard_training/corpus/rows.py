@@ -179,13 +179,17 @@ def _row(line: bytes, folder: Path, where: str) -> Row:
     )
 
 
+def row_id(value: object) -> str | None:
+    """A row's id as its text: a text, or a whole number, as some data sets count their rows; None for anything else."""
+    return str(value) if type(value) is int else value if isinstance(value, str) and value else None
+
+
 def _name(value: Mapping[str, Any], key: str) -> str:
-    """A text or a whole number, as some data sets count their rows."""
-    found = value.get(key)
-    if type(found) is int:
-        return str(found)
-    if not (name := _text(value, key)):
+    name = row_id(value.get(key)) or _text(value, key)
+    if not name:
         raise ValueError(f"no {key!r}")
+    if not encodable(name):
+        raise ValueError(f"{key!r} holds half of a surrogate pair")
     return name
 
 

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from guard_middleware.types import Label
-from guard_training.corpus.rows import Skipped, open_text
+from guard_training.corpus.rows import Skipped, open_text, row_id
 from guard_training.evaluation import plots
 from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
@@ -141,11 +141,9 @@ def read_teacher(path: Path, skipped: Skipped) -> dict[str, dict[Side, Label]]:
 
 
 def _id(value: Mapping[str, Any]) -> str:
-    id = value.get("id")
-    # a whole number, as rows of data may count theirs
-    if not isinstance(id, str) and type(id) is not int:
+    if (id := row_id(value.get("id"))) is None:
         raise ValueError("no id")
-    return str(id)
+    return id
 
 
 def _labels(value: Mapping[str, Any]) -> dict[Side, Label]:

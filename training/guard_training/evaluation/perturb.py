@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from guard_training.corpus.rows import Row, Skipped, open_text
+from guard_training.corpus.rows import Row, Skipped, open_text, row_id
 from guard_training.evaluation.outcomes import Side
 from guard_training.nano.render import HELD_OUT_FONTS, draw_style, render
 
@@ -189,9 +189,8 @@ def read_translations(path: Path, skipped: Skipped) -> dict[str, dict[str, str]]
                 continue
             try:
                 value = json.loads(line)
-                id, language, text = (value[key] for key in ("id", "language", "text"))
-                id = str(id) if type(id) is int else id
-                if not all(isinstance(item, str) and item for item in (id, language, text)):
+                id, language, text = row_id(value["id"]), value["language"], value["text"]
+                if id is None or not all(isinstance(item, str) and item for item in (language, text)):
                     raise TypeError
             except (ValueError, KeyError, TypeError, RecursionError):
                 skipped(f"{path.name}:{number}: a translation is {{'id': text, 'language': text, 'text': text}}")

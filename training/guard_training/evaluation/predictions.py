@@ -23,7 +23,7 @@ from typing import Any
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import parse
-from guard_training.corpus.rows import Row, Skipped, open_text
+from guard_training.corpus.rows import Row, Skipped, open_text, row_id
 from guard_training.evaluation.metrics import Mode, paper_label
 from guard_training.evaluation.outcomes import SIDES, Outcome, OutcomeError, blank, from_json, to_json
 
@@ -70,14 +70,13 @@ def _lines(path: Path, skipped: Skipped) -> dict[str, tuple[int, dict[str, Any]]
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            id = value.get("id") if isinstance(value, dict) else None
-            # a whole number, as rows of data may count theirs
-            if not isinstance(id, str) and type(id) is not int:
+            id = row_id(value.get("id")) if isinstance(value, dict) else None
+            if id is None:
                 skipped(f"{path.name}:{number}: no object with a text id")
-            elif str(id) in found:
-                skipped(f"{path.name}:{number}: id {str(id)!r} a second time")
+            elif id in found:
+                skipped(f"{path.name}:{number}: id {id!r} a second time")
             else:
-                found[str(id)] = (number, value)
+                found[id] = (number, value)
     return found
 
 

@@ -8,11 +8,9 @@ of others. A logistic regression on the embeddings of answer and prompt, mixed w
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -42,13 +40,6 @@ class Answers:
     vectors: Tensor
     chances: Tensor
     made: range
-
-
-def kept_pairs(file: Path, make: Callable[[], list[Pair]]) -> list[Pair]:
-    """What ``make`` gives; a run that goes on keeps ``file``'s."""
-    if not file.exists():
-        file.write_text(json.dumps(make()), encoding="utf-8")
-    return [(prompt, answer) for prompt, answer in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def make_pairs(rows: Sequence[Row], prompts: Sequence[str], thesaurus: Thesaurus, recipe: Recipe) -> list[Pair]:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_training.corpus.rows import Row, Skipped
-from guard_training.nano.answers import kept_pairs, make_answers, make_pairs
+from guard_training.nano.answers import make_answers, make_pairs
 from guard_training.nano.bank import default_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
 from guard_training.nano.cases import encode_cases, make_cases
@@ -36,7 +36,7 @@ from guard_training.nano.lexicon import Lexicon, fit_log_odds, word_lexicon
 from guard_training.nano.mixture import cut, distilled_case
 from guard_training.nano.model import build_model, image_processor, start_attention, start_embeddings
 from guard_training.nano.pictures import typographic
-from guard_training.nano.pool import kept_texts, make_pool, make_stretches, word_vectors
+from guard_training.nano.pool import make_pool, make_stretches, word_vectors
 from guard_training.nano.recipe import Recipe, stages
 from guard_training.nano.render import TRAIN_FONTS
 from guard_training.nano.rows import Rows, draw_pairs, draw_prompts, load_rows
@@ -55,7 +55,7 @@ from guard_training.nano.trainer import (
 )
 from guard_training.nano.variants import Thesaurus, make_thesaurus, variant
 from guard_training.nano.wordnet import FOLDER, definitions, lemmas
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import begin, digest, kept_json
 from guard_training.tuning.run import last_checkpoint
 
 
@@ -97,8 +97,8 @@ def make_texts(
         return [variant(cut(row.prompt, recipe.variant_words, rng), thesaurus(), rng) for row in drawn]
 
     return {
-        "stretches": kept_texts(folder / "stretches.json", stretches),
-        "variants": kept_texts(folder / "variants.json", variants),
+        "stretches": kept_json(folder / "stretches.json", stretches),
+        "variants": kept_json(folder / "variants.json", variants),
         "definitions": list(glosses[: recipe.definitions]),
     }
 
@@ -175,7 +175,8 @@ def train_nano(
             kept=kept,
             progress=progress,
         )
-        made = kept_pairs(output / "answers.json", lambda: make_answer_pairs(rows, thesaurus(), recipe))
+        pairs = kept_json(output / "answers.json", lambda: make_answer_pairs(rows, thesaurus(), recipe))
+        made = [(prompt, answer) for prompt, answer in pairs]
         answers = make_answers(rows.pairs, made, recipe.source_shares, recipe, kept, progress)
         pictures = typographic(
             rows.prompts, count=recipe.images, fonts=TRAIN_FONTS, folder=output / "images", seed=recipe.seed
@@ -241,8 +242,8 @@ def _calibrate(
     found = margins(trainer, examples, harmful=harmful, unharmful=unharmful)
     sides = {label: found[[row.request == label for row in judged]] for label in ("harmful", "unharmful")}
     shift = shift_for(sides["unharmful"], recipe.false_positives)
-    caught = float((sides["harmful"] + shift > 0).float().mean())
-    print(f"operating point: shift {shift:.2f}, {caught:.1%} of the held-out harmful prompts of the bank caught")
+    caught = sides["harmful"] + shift > 0
+    print(f"operating point: shift {shift:.2f}, {int(caught.sum())} of {len(caught)} held-out harmful prompts caught")
     if shift:
         shift_decision(trainer, harmful=harmful, unharmful=unharmful, shift=shift)
 

@@ -7,11 +7,9 @@ the tokenizer's own words, each embedded as a text, for the start of nano's embe
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -41,14 +39,6 @@ class Pool:
     def draw(self, group: str, rng: random.Random) -> int:
         """The number of a random text of the group."""
         return rng.choice(self.groups[group])
-
-
-def kept_texts(file: Path, make: Callable[[], list[str]]) -> list[str]:
-    """What ``make`` gives; a run that goes on keeps ``file``'s."""
-    if not file.exists():
-        file.write_text(json.dumps(make()), encoding="utf-8")
-    kept: list[str] = json.loads(file.read_text(encoding="utf-8"))
-    return kept
 
 
 def make_stretches(texts: Sequence[str], count: int, words: int, seed: int) -> list[str]:

@@ -296,7 +296,7 @@ def train(
     """
     if recipe.rollouts != "transformers" and importlib.util.find_spec("vllm") is None:
         raise RecipeError(
-            f"rollouts {recipe.rollouts} needs vLLM here: `pip install 'vllm>=0.22,<0.33'`, or --set "
+            f"rollouts {recipe.rollouts} needs vLLM here: `pip install 'vllm>=0.32,<0.33'`, or --set "
             "rollouts=transformers"
         )
     contract = load_contract(guard, max_pixels=recipe.max_pixels)

@@ -172,7 +172,7 @@ class VllmSampler:
             vllm: Any = importlib.import_module("vllm")
         except ImportError:
             raise SamplingError(
-                "vLLM is not installed: `pip install 'vllm>=0.22,<0.33'`, or use --engine transformers"
+                "vLLM is not installed: `pip install 'vllm>=0.32,<0.33'`, or use --engine transformers"
             ) from None
         self._vllm, self._sampling = vllm, sampling
         bounds = {"shortest_edge": contract.facts.min_pixels, "longest_edge": contract.facts.max_pixels}
