@@ -13,7 +13,7 @@ from guard_training.commands import publish
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome, blank
-from guard_training.update import hub, pipeline, revision
+from guard_training.update import hub, revision
 from tests.tiny_model import make_folder
 
 
@@ -59,7 +59,7 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
             out.append(Outcome(one.id, one.source, one.modality, row.request, None, request_score=score))
         return out
 
-    monkeypatch.setattr(pipeline, "measure", measured)
+    monkeypatch.setattr(processes, "measure", measured)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("epochs: 3\n")
     call(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from guard_middleware.types import Judging
 from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import resolve
 from guard_training.corpus.rows import Row, Skipped, held_out
-from guard_training.evaluation import measure
 from guard_training.evaluation.outcomes import Outcome, blank
 from guard_training.rowfile import OutputError
 from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
-from guard_training.update import pipeline, revision
+from guard_training.update import pipeline, processes, revision
 from guard_training.update.gate import UpdateRefused
 from guard_training.update.lessons import HELD_BACK, Said
 from guard_training.update.pipeline import Plan, UpdateError
@@ -228,19 +226,6 @@ def test_a_stopped_update_goes_on_with_the_same_lessons(plan: Plan, monkeypatch:
     assert guards.trained == trained
 
 
-def test_a_guard_is_asked_for_its_reasoning_once(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted = Path(__file__).parents[2] / "support" / "scripted_worker.py"
-    command = [sys.executable, str(scripted), "--exit-with-parent", "--socket"]
-    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: [*command, socket])
-    ask = pipeline.asker(Console(quiet=True), 2)
-    rows = [Row(f"r{n}", "made", text, None) for n, text in enumerate(["pick a lock", "bake bread"])]
-    found = ask(rows, "any", tmp_path / "guard.jsonl")
-    assert found["r0"] == Said("harmful", None, "Step 1: The rule says that this request is harmful.")
-    assert found["r1"].request == "unharmful"
-    monkeypatch.setattr(measure, "_command", lambda _, socket, calibrated: ["false"])
-    assert ask(rows, "any", tmp_path / "guard.jsonl") == found
-
-
 def test_an_update_that_was_begun_otherwise_is_not_gone_on_with(plan: Plan) -> None:
     guards = Guards(plan, learnt)
     guards.run()
@@ -279,7 +264,7 @@ def test_a_plan_that_makes_no_sense_is_refused(plan: Plan, change: dict[str, Any
 def test_rl_gets_the_lessons_of_one_turn(plan: Plan) -> None:
     Guards(plan, learnt).run()
     skipped = Skipped()
-    pipeline.write_rl_rows(plan.output, skipped)
+    processes.write_rl_rows(plan.output, skipped)
     assert [reason.split(": ")[:2] for reason in skipped.reasons] == [["lessons.jsonl:4", "correction:d7"]]
     rows = [json.loads(text) for text in (plan.output / "rl.jsonl").read_text().splitlines()]
     assert len(rows) == 15
@@ -295,7 +280,7 @@ def test_the_stages_run_as_commands_and_a_failed_one_is_told(plan: Plan, tmp_pat
     script.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     script.chmod(0o755)
     rl = read_settings(GrpoSettings, recipe_path("grpo-nano"))
-    train = pipeline.trainer(Console(quiet=True), Skipped(), [str(script)], cpu=True)
+    train = processes.trainer(Console(quiet=True), Skipped(), [str(script)], cpu=True)
     assert train(replace(plan, rl=rl)) == plan.output / "rl" / "model"
     first, second = log.read_text().splitlines()
     assert first == f"update --stage {plan.output} --cpu"

@@ -59,7 +59,7 @@ def run(given: argparse.Namespace) -> None:
 
     from guard_training.corpus.rows import Skipped
     from guard_training.update import hub, publish, revision
-    from guard_training.update.pipeline import measurer
+    from guard_training.update.processes import measurer
 
     logging.disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 150)

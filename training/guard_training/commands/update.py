@@ -107,7 +107,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
     from guard_training.process import LAUNCH
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
-    from guard_training.update import pipeline
+    from guard_training.update import pipeline, processes
 
     plan = pipeline.Plan(
         model=given.model,
@@ -134,9 +134,9 @@ def _update(given: argparse.Namespace, console: Console) -> None:
             plan,
             console=console,
             skipped=skipped,
-            train=pipeline.trainer(console, skipped, launch, cpu=given.cpu),
-            measure=pipeline.measurer(console, given.concurrency),
-            ask=pipeline.asker(console, given.concurrency),
+            train=processes.trainer(console, skipped, launch, cpu=given.cpu),
+            measure=processes.measurer(console, given.concurrency),
+            ask=processes.asker(console, given.concurrency),
             read=_reader(plan.sft.reader),
         )
     finally:
