@@ -13,7 +13,7 @@ from guard_training.commands import publish
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome, blank
-from guard_training.update import hub, revision
+from guard_training.update import hub, processes, revision
 from tests.tiny_model import make_folder
 
 
