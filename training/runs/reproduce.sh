@@ -6,7 +6,9 @@
 # DATA holds train.jsonl.gz, train_benign_extra.jsonl.gz and dev.jsonl.gz (labelled rows; see `guard-train evaluate
 # --help`). What is finished in OUT is not done again, and what was stopped goes on, so give the same command again
 # after a stop. Two CPU cores and 4 GiB of memory; a few hours. The end is OUT/report.html (R-SFT and RL compared) and
-# OUT/revision: RL's guard where its mean F1 is at least that of R-SFT on the same rows, else R-SFT's.
+# OUT/revision: RL's guard where, on rows that training held back, its mean F1 is not lower than R-SFT's and its mean
+# false-positive rate at most a point higher; else R-SFT's. DEV has no say in it, and no row of DEV is trained on,
+# calibrated on or chosen by.
 #
 # From the environment, where another value is wanted:
 #   GUARD_TRAIN  how guard-train is started          (guard-train)
@@ -22,7 +24,7 @@
 set -euo pipefail
 
 if [[ $# -ne 2 || ! -d ${1:-} ]]; then
-  sed -n '2,23s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,25s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 DATA=$1 OUT=$2
@@ -58,41 +60,47 @@ step() {
   echo "== $name: $((SECONDS - start)) s"
 }
 
-# Every n-th row that is text alone (images stay in DATA), without those that training holds back (by the digest of
-# their ids), since scores are calibrated on these. A bad line has no say; the commands before have named it.
-candidates() {
-  gzip -dc "$DATA/train.jsonl.gz" | python3 -c '
-import hashlib, json, sys
+# rows OUTPUT trained|kept_back N FILE...: every n-th row that is text alone (images stay in DATA), of those that are
+# trained on or of those that training holds back (by the digest of their ids), without what DEV holds. A bad line has
+# no say; the commands before have named it.
+rows() {
+  local output=$1
+  shift
+  python3 -c '
+import gzip, hashlib, json, sys
 
 def trained_on(row):
     return int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:4], "big") >= 0.03 * 2**32
 
+part, every, *files = sys.argv[1:]
 kept = []
-for line in sys.stdin.buffer:
-    try:
-        row = json.loads(line)
-        if row.get("image") is None and trained_on(row):
-            kept.append(line)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-sys.stdout.buffer.writelines(kept[:: int(sys.argv[1])])
-' "${RL_EVERY:-8}" >"$1.part"
-  mv "$1.part" "$1"
+for file in files:
+    for line in gzip.open(file):
+        try:
+            row = json.loads(line)
+            if row.get("image") is None and trained_on(row) == (part == "trained"):
+                kept.append(line)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+sys.stdout.buffer.writelines(kept[:: int(every)])
+' "$@" >"$output.all.jsonl"
+  "${TRAIN[@]}" corpus check --train "$output.all.jsonl" --against "$DEV" --output "$output.jsonl"
 }
 
 # calibrate STAGE: scores of what OUT/STAGE holds, before they are measured; on rows that training holds back.
 calibrate() {
   "${TRAIN[@]}" calibrate --model "$OUT/$1/model" --data "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz" \
-    --output "$OUT/$1/model/calibration.json"
+    --against "$DEV" --output "$OUT/$1/model/calibration.json"
 }
 
 # Writes OUT/best: nano or rl. Where no source has both classes there is no F1 to tell that RL is no worse.
 choose() {
   python3 -c '
 import json, sys
-f1 = json.load(open(sys.argv[1]))["against"]["means"].get("f1")
-print("rl" if f1 and f1["difference"] >= 0 else "nano")
-' "$OUT/rl.json" >"$OUT/best.part"
+means = json.load(open(sys.argv[1]))["against"]["means"]
+f1, wrong = ((means.get(name) or {}).get("difference") for name in ("f1", "false_positive_rate"))
+print("rl" if f1 is not None and f1 >= 0 and (wrong or 0) <= 0.01 else "nano")
+' "$OUT/rl.kept_back.json" >"$OUT/best.part"
   mv "$OUT/best.part" "$OUT/best"
 }
 
@@ -120,7 +128,7 @@ step "measuring after R-SFT" \
   "${TRAIN[@]}" evaluate --data "$DEV" --model "$OUT/nano/model" --predictions "tfidf=$OUT/tfidf.jsonl" \
   --outcomes "$OUT/nano.outcomes.jsonl" --report "$OUT/nano.html" --json "$OUT/nano.json" ${limit[@]+"${limit[@]}"}
 
-step "rows for RL" candidates "$OUT/candidates.jsonl"
+step "rows for RL" rows "$OUT/candidates" trained "${RL_EVERY:-8}" "$DATA/train.jsonl.gz"
 
 step "rejection sampling" \
   "${TRAIN[@]}" reject --rows "$OUT/candidates.jsonl" --model "$OUT/nano/model" --output "$OUT/hard.jsonl" \
@@ -140,6 +148,16 @@ step "measuring after RL" \
   "${TRAIN[@]}" evaluate --data "$DEV" --model "$OUT/rl/model" --against "$OUT/nano.outcomes.jsonl" \
   --predictions "tfidf=$OUT/tfidf.jsonl" --outcomes "$OUT/rl.outcomes.jsonl" --report "$OUT/report.html" \
   --json "$OUT/rl.json" ${limit[@]+"${limit[@]}"}
+
+step "rows for the choice" rows "$OUT/kept_back" kept_back 1 "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz"
+
+step "R-SFT on rows held back" \
+  "${TRAIN[@]}" evaluate --data "$OUT/kept_back.jsonl" --model "$OUT/nano/model" --limit 200 \
+  --outcomes "$OUT/nano.kept_back.jsonl"
+
+step "RL on rows held back" \
+  "${TRAIN[@]}" evaluate --data "$OUT/kept_back.jsonl" --model "$OUT/rl/model" --limit 200 \
+  --against "$OUT/nano.kept_back.jsonl" --json "$OUT/rl.kept_back.json"
 
 step "choice" choose
 best=$(<"$OUT/best")

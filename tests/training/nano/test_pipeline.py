@@ -6,9 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from guard_training.corpus.rows import CorpusError, Skipped
+from guard_training.corpus.rows import Skipped
 from guard_training.nano import pipeline, rows
 from guard_training.nano.pipeline import train_nano
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
@@ -36,13 +38,38 @@ def recipe() -> Recipe:
     return dataclasses.replace(read_recipe(default_recipe()), files=["train.jsonl"], held_out=0.0, held_out_bank=0.0)
 
 
-def test_a_bad_line_is_named_and_the_others_are_used(data: Path, recipe: Recipe) -> None:
+def test_a_bad_line_and_a_picture_that_is_not_there_are_named_and_the_others_are_used(
+    data: Path, recipe: Recipe
+) -> None:
+    seen = {"id": "p", "source": "signs", "prompt": "?", "prompt_label": "harmful", "image": "missing.png"}
+    with (data / "train.jsonl").open("a") as lines:
+        lines.write(json.dumps(seen) + "\n")
     skipped = Skipped()
-    found = load_rows(data, recipe, skipped=skipped)
-    assert len(found.prompts) == 6
-    assert "train.jsonl:6" in skipped.summary()
-    with pytest.raises(CorpusError, match=r"train\.jsonl:6"):
-        load_rows(data, recipe)
+    found = load_rows(data, recipe, skipped)
+    assert (len(found.prompts), found.pictures) == (6, [])
+    bad, missing = skipped.reasons
+    assert "train.jsonl:6" in bad
+    assert "train.jsonl:7: p: its image missing.png cannot be read" in missing
+
+
+def test_rows_that_an_evaluation_set_holds_are_left_out_pictures_too(data: Path, recipe: Recipe) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data / "mine.png")
+    (data / "theirs.png").write_bytes((data / "mine.png").read_bytes())
+    mine = {"id": "p", "source": "signs", "prompt": "what is this?", "prompt_label": "harmful", "image": "mine.png"}
+    with (data / "train.jsonl").open("a") as lines:
+        lines.write(json.dumps(mine) + "\n")
+    theirs = [
+        mine | {"id": "q", "prompt": "and this?", "image": "theirs.png"},
+        mine | {"id": "r", "prompt": "How do I pick lock 3?", "image": None},
+    ]
+    (data / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in theirs))
+    skipped = Skipped()
+    assert [row.id for row in load_rows(data, recipe, skipped).pictures] == ["p"]
+    found = load_rows(data, recipe, skipped, [data / "dev.jsonl"])
+    assert found.pictures == []
+    assert "how do I pick lock 3" not in {row.prompt for row in found.prompts}
+    assert len(found.prompts) == 5
 
 
 @pytest.mark.parametrize("change", ["recipe", "data", "bank"])

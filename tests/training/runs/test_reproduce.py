@@ -16,8 +16,8 @@ from guard_training.update.lessons import HELD_BACK
 
 SCRIPT = Path("training/runs/reproduce.sh")
 STEPS = [
-    *("nano", "baseline", "calibrate", "evaluate", "reject", "augment", "grpo", "calibrate", "evaluate", "evaluate"),
-    "publish",
+    *("nano", "baseline", "calibrate", "evaluate", "corpus", "reject", "augment", "grpo", "calibrate", "evaluate"),
+    *("corpus", "evaluate", "evaluate", "evaluate", "publish"),
 ]
 
 
@@ -34,14 +34,15 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Writes its arguments down, a line each; fails where the file ``fail`` names its command. Every evaluation finds
-    the means in the file ``means``, without one that RL lost."""
+    """Writes its arguments down, a line each; fails where the file ``fail`` names its command. A check of rows finds no
+    leak. Every evaluation finds the means in the file ``means``, without one that RL lost."""
     script = tmp_path / "guard-train"
     script.write_text(
         f'#!/bin/sh\nfor a in "$@"; do printf "%s\\t" "$a"; done >> {tmp_path}/log; echo >> {tmp_path}/log\n'
         f'grep -q "^$1$" {tmp_path}/fail 2>/dev/null && exit 1\n'
         f'means=$(cat {tmp_path}/means 2>/dev/null || echo \'{{"f1": {{"difference": -0.01}}}}\')\n'
-        f'[ "$1" = evaluate ] && echo "{{\\"against\\": {{\\"means\\": $means}}}}" > {tmp_path}/out/rl.json\nexit 0\n'
+        'test "$1" = corpus && cp "$4" "$8"\n'
+        f'echo "{{\\"against\\": {{\\"means\\": $means}}}}" > {tmp_path}/out/rl.kept_back.json\nexit 0\n'
     )
     script.chmod(0o755)
     return script
@@ -82,28 +83,45 @@ def test_every_command_is_one_that_the_command_line_takes(
     parsed = [parser().parse_args(one) for one in given]
     assert parsed[0].recipe.resolve() == Path(environment.get("RECIPE", "training/recipes/nano.yaml")).resolve()
     assert parsed[3].limit == (5 if environment else None)
-    assert (parsed[4].keep, parsed[4].balance) == ("1..3", True)
-    assert parsed[6].set == (["epochs=2", "seed=3"] if environment else [])
-    assert parsed[8].against == parsed[3].outcomes
+    assert (parsed[5].keep, parsed[5].balance) == ("1..3", True)
+    assert parsed[7].set == (["epochs=2", "seed=3"] if environment else [])
+    assert parsed[9].against == parsed[3].outcomes
+    assert parsed[12].against == parsed[11].outcomes
     for step in ("R-SFT", "RL", "revision", "all"):
         assert f"== {step}: " in done.stdout
+
+
+def test_nothing_is_learnt_fitted_or_chosen_by_a_row_that_is_measured_on(
+    tmp_path: Path, data: Path, stand_in: Path
+) -> None:
+    assert reproduce(tmp_path, data, stand_in).returncode == 0
+    given = [parser().parse_args(one) for one in commands(tmp_path)]
+    dev, out = data / "dev.jsonl.gz", tmp_path / "out"
+    assert [one.against for name, one in zip(STEPS, given, strict=True) if name in ("nano", "calibrate", "corpus")] == [
+        [dev]
+    ] * 5
+    assert (given[4].output, given[10].output) == (given[5].rows, given[11].data)
+    assert given[11].data == given[12].data == out / "kept_back.jsonl"
+    kept_back = [json.loads(line)["id"] for line in given[11].data.read_text().splitlines()]
+    assert kept_back == 2 * [f"r{n}" for n in range(60) if n != 3 and held_out(f"r{n}", HELD_BACK)]
 
 
 @pytest.mark.parametrize(
     ("means", "best"),
     [
         ({"f1": {"difference": 0.01}}, "rl"),
-        ({"f1": {"difference": 0.0}}, "rl"),
+        ({"f1": {"difference": 0.0}, "false_positive_rate": {"difference": 0.01}}, "rl"),
+        ({"f1": {"difference": 0.03}, "false_positive_rate": {"difference": 0.011}}, "nano"),
         ({"f1": {"difference": -0.001}}, "nano"),
         ({"recall": {"difference": 0.1}}, "nano"),
     ],
 )
-def test_rl_is_published_where_its_mean_f1_is_not_worse(
+def test_rl_is_published_where_its_mean_f1_is_not_worse_at_about_as_few_false_positives(
     tmp_path: Path, data: Path, stand_in: Path, means: dict[str, object], best: str
 ) -> None:
     (tmp_path / "means").write_text(json.dumps(means))
     assert reproduce(tmp_path, data, stand_in).returncode == 0
-    *_, first, second, held_out, published = (parser().parse_args(one) for one in commands(tmp_path))
+    *_, first, second, _, _, _, held_out, published = (parser().parse_args(one) for one in commands(tmp_path))
     model = tmp_path / "out" / best / "model"
     assert first.output.parent == tmp_path / "out/rl/model"  # calibrated before it is measured
     assert held_out.data == tmp_path / "out/nano/held_out/held_out.jsonl"
@@ -115,12 +133,12 @@ def test_rl_is_published_where_its_mean_f1_is_not_worse(
 def test_what_is_done_is_not_done_again_and_a_failure_stops(tmp_path: Path, data: Path, stand_in: Path) -> None:
     (tmp_path / "fail").write_text("augment\n")
     assert reproduce(tmp_path, data, stand_in).returncode == 1
-    assert [one[0] for one in commands(tmp_path)] == STEPS[:6]
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:7]
     (tmp_path / "fail").unlink()
     again = reproduce(tmp_path, data, stand_in)
     assert again.returncode == 0
     assert "== R-SFT: done before" in again.stdout
-    assert [one[0] for one in commands(tmp_path)] == STEPS[:6] + STEPS[5:]
+    assert [one[0] for one in commands(tmp_path)] == STEPS[:7] + STEPS[6:]
 
 
 def test_a_folder_that_was_begun_with_other_values_is_refused(tmp_path: Path, data: Path, stand_in: Path) -> None:
@@ -143,7 +161,6 @@ def test_rl_looks_at_every_nth_row_of_text(tmp_path: Path, data: Path, stand_in:
     trained = [f"r{n}" for n in range(60) if n != 3 and not held_out(f"r{n}", HELD_BACK)]
     assert len(trained) == 57
     assert kept == trained[::10]
-    assert not (tmp_path / "out" / "candidates.jsonl.part").exists()
 
 
 def test_a_bad_line_of_the_training_file_ends_nothing(tmp_path: Path, data: Path, stand_in: Path) -> None:

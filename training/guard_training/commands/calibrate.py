@@ -21,11 +21,13 @@ stays, and so does every label with reasoning; what changes is how far from 0 an
 the range in which the mode `hybrid` thinks, mean the same for every mode and guard. Scores without reasoning are also
 shifted to where those with it stand.
 
-  guard-train calibrate --model out/model --data train.jsonl.gz --output out/model/calibration.json --report c.html
+  guard-train calibrate --model out/model --data train.jsonl.gz --against dev.jsonl.gz \\
+      --output out/model/calibration.json --report calibration.html
 
 Of --data it takes the rows that `guard-train nano` and `update` hold back from training (3 in 100, by the digest of
 their ids). --every-row takes all of a file that no training has seen. A file that is named as one to measure on (dev,
-test, eval, golden, benchmark) is refused: figures of rows that the scores were fitted to are worth nothing.
+test, eval, golden, benchmark) is refused: figures of rows that the scores were fitted to are worth nothing. For the
+same reason name every evaluation set with --against: a row that one of them holds too is left out.
 
 A killed run goes on from its journal (beside --output) when the same command is given again.
 """
@@ -40,6 +42,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     option = command.add_argument
     option("--model", type=Path, required=True, metavar="DIR", help="the guard's folder")
     option("--data", type=Path, required=True, nargs="+", metavar="FILE", help="labelled rows")
+    option(
+        "--against", type=Path, nargs="+", default=[], metavar="FILE", help="evaluation sets, to leave out their rows"
+    )
     option("--output", type=Path, required=True, metavar="FILE", help="where to write, such as DIR/calibration.json")
     option("--every-row", action="store_true", help="all rows of --data: the guard was trained on none of them")
     option("--limit", type=count, default=200, metavar="N", help="at most N rows of each source (default 200)")
@@ -90,7 +95,7 @@ def run(given: argparse.Namespace) -> None:
     sheet = Sheet(f"Calibration of {facts.name} {facts.revision}", columns, tuple(_lines(found)), left=2)
     console.print(sheet.rich())
     if skipped.reasons:
-        console.print(skipped.summary())
+        console.print(skipped.summary(), markup=False, highlight=False)
     write_json(found, given.output)
     if given.report:
         _report(given, facts, found, outcomes, sheet, skipped)
@@ -98,19 +103,24 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.leakage import Fingerprints, readable
     from guard_training.corpus.rows import held_out, read_good_rows
     from guard_training.evaluation.measure import sample, usable
-    from guard_training.update.lessons import HELD_BACK
+    from guard_training.update.lessons import HELD_BACK, without_leaks
 
     for path in given.data:
         if _MEASURED_ON.search(path.name):
             raise ValueError(f"{path}: named as a file to measure on; calibrate on held-back training rows")
     rows = [row for path in given.data for row in read_good_rows(path, skipped)]
     kept = [row for row in rows if given.every_row or held_out(row.id, HELD_BACK)]
-    kept = sample(usable(kept, skipped), given.limit)
     if not kept:
         raise ValueError(f"none of the {len(rows)} rows is held back; --every-row takes them all")
-    return kept
+    prints = Fingerprints()
+    against = {str(path): readable(read_good_rows(path, skipped), prints, skipped) for path in given.against}
+    kept = without_leaks(usable(readable(kept, prints, skipped), skipped), against, skipped, fingerprints=prints)
+    if not kept:
+        raise ValueError(f"no row is left to calibrate on; {skipped.summary()}")
+    return sample(kept, given.limit)
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -96,8 +96,8 @@ def make_fold(data: Path, recipe: Recipe, group: tuple[str, ...], *, limit: int 
     from guard_training.nano.rows import load_rows
 
     told = Skipped()  # read_groups has said it
-    everything = load_rows(data, recipe, skipped=told)
-    rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]), skipped=told)
+    everything = load_rows(data, recipe, told)
+    rows = load_rows(data, dataclasses.replace(recipe, exclude=[*recipe.exclude, *group]), told)
     left_out = [row for row in [*everything.prompts, *everything.held_out] if row.source in group]
     missing = {"harmful", "unharmful"} - {row.request for row in rows.prompts}
     if missing:

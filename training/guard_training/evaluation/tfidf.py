@@ -49,11 +49,9 @@ class Baseline:
     response: Side | None
 
 
-def training_rows(
-    files: Sequence[Path], recipe: Recipe, against: Sequence[Path], skipped: Skipped | None = None
-) -> Rows:
+def training_rows(files: Sequence[Path], recipe: Recipe, against: Sequence[Path], skipped: Skipped) -> Rows:
     """nano's rows of these files: bank and passages added, held-out rows and what ``against`` holds taken out."""
-    return load_rows(Path(), replace(recipe, files=[str(path.resolve()) for path in files]), against, skipped)
+    return load_rows(Path(), replace(recipe, files=[str(path.resolve()) for path in files]), skipped, against)
 
 
 def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baseline:

@@ -156,7 +156,7 @@ def train_nano(
     }
     begin(output / "nano", settings)
     with Progress() as progress:
-        rows = load_rows(data, recipe, against, skipped)
+        rows = load_rows(data, recipe, skipped, against)
         lexicon = make_lexicon(rows, recipe)
         tokenizer = make_tokenizer(rows, glosses, recipe, output / "tokenizer")
         kept = Embeddings(output / "embeddings")

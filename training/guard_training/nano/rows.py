@@ -6,12 +6,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from guard_middleware.types import Label
-from guard_training.corpus.leakage import find_leaks
-from guard_training.corpus.rows import Row, Skipped, held_out, passages, read_good_rows, read_rows, unique_prompts
+from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
+from guard_training.corpus.rows import Row, Skipped, held_out, passages, read_good_rows, unique_prompts
 from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.lexicon import balance
 from guard_training.nano.mixture import draw
@@ -45,16 +44,19 @@ class Rows:
         return by_label
 
 
-def load_rows(data: Path, recipe: Recipe, against: Sequence[Path] = (), skipped: Skipped | None = None) -> Rows:
+def load_rows(data: Path, recipe: Recipe, skipped: Skipped, against: Sequence[Path] = ()) -> Rows:
     """Rows of the recipe's files and of the bank, passages added; without those that a file of ``against`` holds.
 
-    Bad lines go to ``skipped``; without it the first one raises ``CorpusError``.
+    Bad lines, and rows whose image cannot be opened, go to ``skipped``.
     """
-    read = read_rows if skipped is None else partial(read_good_rows, skipped=skipped)
+    prints = Fingerprints()
+
+    def read(path: Path) -> list[Row]:
+        return readable(read_good_rows(path, skipped), prints, skipped)
+
     labelled = [row for name in recipe.files for row in read(data / name)]
     rows = unique_prompts([*labelled, *read_bank(default_bank())])
-    held = {path.name: [row for row in read(path) if not row.image] for path in against}
-    leaked = {leak.id for leak in find_leaks([row for row in rows if not row.image], held)} if held else set()
+    leaked = {leak.id for leak in find_leaks(rows, {str(path): read(path) for path in against}, fingerprints=prints)}
     rows = [row for row in rows if row.source not in recipe.exclude and row.id not in leaked]
 
     def left_out(row: Row) -> bool:

@@ -68,7 +68,7 @@ def without_leaks(
         leaks.setdefault(leak.id.rpartition("#")[0], leak)
     names = {row.id: row.name for row in rows}
     for id, leak in leaks.items():
-        skipped(f"{names[id]}: {leak.where} holds it too ({leak.other}, {leak.kind}); never trained on")
+        skipped(f"{names[id]}: {leak.where} holds it too ({leak.other}, {leak.kind})")
     return [row for row in rows if row.id not in leaks]
 
 
