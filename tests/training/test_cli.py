@@ -22,6 +22,24 @@ def test_a_file_that_cannot_be_read_is_told_in_one_line(
     assert "rows.jsonl" in told
 
 
+def test_a_guard_that_is_not_there_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "1", "source": "s", "prompt": "hi", "prompt_label": "unharmful"}\n')
+    given = [
+        "calibrate",
+        "--model",
+        "nowhere",
+        "--data",
+        str(rows),
+        "--every-row",
+        "--output",
+        str(tmp_path / "c.json"),
+    ]
+    assert main(given) == 1
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("guard-train: nowhere")
+
+
 def test_an_output_in_the_place_of_a_file_is_told_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

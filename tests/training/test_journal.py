@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guard_training.journal import Journal
+import pytest
+
+from guard_training.journal import Journal, JournalError, done_in
 
 
 def test_a_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
@@ -28,3 +30,23 @@ def test_a_journal_takes_any_text(tmp_path: Path) -> None:
             journal.append(given)
     with Journal(tmp_path / "journal.jsonl") as journal:
         assert (list(journal), journal.done) == ([given, given], {"half \ud800"})
+
+
+@pytest.mark.parametrize("line", ['{"value": 1}', "[1]", "no JSON", '{"id": 1}'])
+def test_a_file_of_something_else_is_refused_and_left_as_it_was(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f'{{"id": "a"}}\n{line}\nwithout an end')
+    before = path.read_bytes()
+    for look in (Journal, done_in):
+        with pytest.raises(JournalError, match=r"mine\.jsonl:2"):
+            look(path)
+    assert path.read_bytes() == before
+
+
+def test_looking_at_a_journal_changes_nothing_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    assert done_in(path) == set()
+    assert not path.exists()
+    path.write_text('{"id": "a"}\n{"id": "b"')
+    assert done_in(path) == {"a"}
+    assert path.read_text().endswith('"b"')

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from guard_middleware.errors import GuardMiddlewareError
 from guard_training.process import INTERRUPTED, ended_by_sigterm
 
 #: The sub-commands, in the order of the work: a module of ``guard_training.commands`` each.
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ended_by_sigterm():
             run(given)
-    except (OSError, ValueError) as error:  # a file that is not there, a folder in its place, a full disk
+    except (OSError, ValueError, GuardMiddlewareError) as error:  # OSError: no such file, a folder, a full disk
         print(f"guard-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -13,14 +13,21 @@ from types import TracebackType
 from typing import Any, Self
 
 
+class JournalError(ValueError):
+    """A file that is no journal of this command: nothing of it was changed."""
+
+
 class Journal:
-    """Lines of ``path``; each is an object with a string ``id``. Opening it repairs a last line that was cut off."""
+    """Lines of ``path``; each is an object with a string ``id``. Opening it repairs a last line that was cut off.
+
+    Raises ``JournalError`` for a file of anything else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = _whole_lines(path)
-        self.done: set[str] = {json.loads(line)["id"] for line in whole.splitlines()}
+        self.done = _ids(path, whole)
         self._file = path.open("ab")
         self._file.truncate(len(whole))
 
@@ -42,6 +49,24 @@ class Journal:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def done_in(path: Path) -> set[str]:
+    """The ids of the whole lines of ``path``, none where it is not there; it may be somebody's who still writes."""
+    return _ids(path, _whole_lines(path))
+
+
+def _ids(path: Path, whole: bytes) -> set[str]:
+    ids: set[str] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            id = json.loads(line)["id"]
+        except (ValueError, LookupError, TypeError):
+            id = None
+        if not isinstance(id, str):
+            raise JournalError(f"{path}:{number}: no object with a text id, so this is no output to go on with")
+        ids.add(id)
+    return ids
 
 
 def _whole_lines(path: Path) -> bytes:

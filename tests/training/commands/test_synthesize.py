@@ -436,6 +436,30 @@ def test_a_dry_run_shows_the_cost_and_asks_nobody(
     assert not (tmp_path / "taught.jsonl").exists()
 
 
+def test_a_dry_run_over_what_is_no_output_of_this_command_changes_nothing(teacher: Teacher, tmp_path: Path) -> None:
+    path = rows_file(tmp_path, asks(2))
+    path.write_text(path.read_text().rstrip("\n"))
+    before = path.read_bytes()
+    call(path, path, teacher[1], "--dry-run", yes=False)
+    with pytest.raises(OutputError, match="exists and no"):
+        call(path, path, teacher[1])
+    assert path.read_bytes() == before
+
+
+def test_a_filter_that_refuses_many_rows_in_a_row_does_not_end_a_run_that_had_answers(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    rows = [
+        *asks(1),
+        *({**row, "id": f"w{n}"} for n, row in enumerate(asks(25, "[wrong 9]"))),
+        {**asks(1)[0], "id": "z"},
+    ]
+    output = tmp_path / "taught.jsonl"
+    call(rows_file(tmp_path, rows), output, teacher[1], "--concurrency", 1)
+    assert [line["id"] for line in lines(output)] == ["r0", "z"]
+    assert len(lines(tmp_path / "taught.invalid.jsonl")) == 25
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -91,6 +91,12 @@ def test_only_a_response_of_spa_vl_is_excused_and_only_by_the_paper(
     assert called(one, side, mode) is expected
 
 
+def test_a_response_that_was_cut_off_behind_its_request_is_excused_too() -> None:
+    one = said("1", "harmful", "harmful", "SPA_VL_Eval", response_label="unharmful")
+    assert (called(one, "response", "paper"), called(one, "response", "strict")) == (False, None)
+    assert called(said("1", "harmful", None, "SPA_VL_Eval"), "request", "paper") is None
+
+
 def test_the_excuse_shows_in_the_figures() -> None:
     rows = [said(str(n), None, None, "SPA_VL_Eval", response_label="unharmful", error="truncated") for n in range(4)]
     strict, paper = (summarise(rows, model="m", revision=None, mode=mode) for mode in ("strict", "paper"))

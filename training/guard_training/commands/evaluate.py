@@ -121,7 +121,7 @@ def run(given: argparse.Namespace) -> None:
     for sheet in tables.all_sheets(summaries, compared):
         console.print(sheet.rich())
     if skipped.reasons:
-        console.print(skipped.summary())
+        console.print(skipped.summary(), markup=False, highlight=False)
 
     if given.outcomes:
         write_outcomes(given.outcomes, outcomes[first])

@@ -283,7 +283,7 @@ def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, con
     for sheet in tables.all_sheets({name: summary}, None):
         console.print(sheet.rich())
     if skipped.reasons:
-        console.print(skipped.summary())
+        console.print(skipped.summary(), markup=False, highlight=False)
     return summary
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from guard_training.evaluation.published import TOKENS
@@ -29,11 +30,11 @@ class Sheet:
     left: int = 1
 
     def rich(self) -> Table:
-        table = Table(title=self.title, caption=self.note or None, caption_justify="left")
+        table = Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number < self.left else "right")
+            table.add_column(escape(column), justify="left" if number < self.left else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def markdown(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from guard_training.corpus.rows import CorpusError, Row, Skipped, row_to_json
-from guard_training.journal import Journal
+from guard_training.journal import Journal, done_in
 from guard_training.rowfile import bring_image
 from guard_training.synthesis.client import Client, OutOfReach, Refused, Teacher, TeacherError, connect
 from guard_training.synthesis.cost import prompt_tokens, unlabelled
@@ -28,7 +28,8 @@ from guard_training.synthesis.limits import Limiter
 from guard_training.synthesis.prompt import data_url, messages
 from guard_training.synthesis.validate import Unusable, validate
 
-#: so many rows in a row that fail, without one that succeeds, and the teacher itself is at fault
+#: So many rows in a row that fail, without one that succeeds, and the teacher itself is at fault. What the API refuses
+#: counts only before its first answer: behind it, it is a filter at work on what harmful sources are full of.
 _GIVE_UP = 20
 
 
@@ -93,11 +94,7 @@ def write(rows: Sequence[tuple[Row, int]], asking: Asking, limiter: Limiter, out
 
 def left_over(rows: Sequence[tuple[Row, int]], output: Path, *, again: bool) -> list[tuple[Row, int]]:
     """What a run of the same command would still ask for."""
-    done: set[str] = set()
-    for path in (output, *([] if again else [invalid_file(output)])):
-        if path.exists():
-            with Journal(path) as journal:
-                done |= journal.done
+    done = done_in(output) | (set() if again else done_in(invalid_file(output)))
     return [(row, tokens) for row, tokens in rows if row.id not in done]
 
 
@@ -134,12 +131,13 @@ class _Run:
         for row, tokens in waiting:
             try:
                 await self._row(row, tokens, client)
-            except (OutOfReach, Refused) as error:
+            except OutOfReach as error:
                 self._failed(error)
-                if isinstance(error, OutOfReach):
-                    self.tally.out_of_reach, self.tally.why = self.tally.out_of_reach + 1, str(error)
-                else:
-                    self._invalid(row, [str(error)])
+                self.tally.out_of_reach, self.tally.why = self.tally.out_of_reach + 1, str(error)
+            except Refused as error:
+                if not self.tally.answers:
+                    self._failed(error)
+                self._invalid(row, [str(error)])
             except CorpusError as error:
                 self._invalid(row, [str(error)])
             self.progress.advance(self.task)
