@@ -76,16 +76,15 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
     output = tmp_path / "out" / "hard.jsonl"
     call("--rows", rows, "--model", guard, "--output", output, "--json", tmp_path / "s.json", "--keep-all-images")
     counts = {line["id"]: line for line in lines(tmp_path / "out" / "hard.counts.jsonl")}
-    asked = {id: line for id, line in counts.items() if "bad" not in line}
-    assert set(asked) == {*(f"r{n}" for n in range(8)), "pair", "image"}
-    assert all(len(line["tokens"]) == 4 and 0 <= line["right"] <= 4 for line in asked.values())
+    assert set(counts) == {*(f"r{n}" for n in range(8)), "pair", "image"}
+    assert all(len(line["tokens"]) == 4 and 0 <= line["right"] <= 4 for line in counts.values())
     kept = read_rows(output)
-    assert {row.id for row in kept} == {id for id, line in asked.items() if line["right"] == 0} | {"image"}
+    assert {row.id for row in kept} == {id for id, line in counts.items() if line["right"] == 0} | {"image"}
     (image,) = (row.image for row in kept if row.image)
     assert image is not None
     assert image.is_relative_to(output.parent.resolve())
     assert {line["id"]: line["rejection"]["wrong"] for line in lines(output)} == {
-        row.id: 4 - asked[row.id]["right"] for row in kept
+        row.id: 4 - counts[row.id]["right"] for row in kept
     }
     groups = json.loads((tmp_path / "s.json").read_text())
     assert [(g["source"], g["rows"]) for g in groups if g["source"] != "all"] == [
@@ -130,6 +129,19 @@ def test_the_selection_changes_without_sampling_again(
     assert len(lines(output)) == 3
     with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
         call("--rows", rows, "--model", guard, "--output", output, "--temperature", 0.5)
+
+
+def test_an_image_that_was_not_there_is_sampled_when_it_is(guard: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hard.jsonl"
+    common = ("--rows", rows, "--model", guard, "--output", output, "--keep", "0..4")
+    call(*common)
+    before = lines(tmp_path / "hard.counts.jsonl")
+    (rows.parent / "gone.png").write_bytes((rows.parent / "noise.png").read_bytes())
+    call(*common)
+    after = lines(tmp_path / "hard.counts.jsonl")
+    assert after[:-1] == before
+    assert after[-1]["id"] == "gone"
+    assert "gone" in {line["id"] for line in lines(output)}
 
 
 def test_a_guard_that_is_served_with_a_reader_is_asked_with_what_it_reads(rows: Path, tmp_path: Path) -> None:

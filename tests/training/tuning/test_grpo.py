@@ -21,7 +21,7 @@ from guard_training.rowfile import OutputError
 from guard_training.tuning.alarms import Limits, RewardHacked
 from guard_training.tuning.clipping import bound
 from guard_training.tuning.contract import Contract, load_contract, load_model
-from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build, select, train
+from guard_training.tuning.grpo import Chosen, GrpoSettings, arguments, build, prompts, select, train
 from guard_training.tuning.reward import Shape
 from guard_training.tuning.rollout import RowProcessor, collapse, question
 from guard_training.tuning.scoring import SafetyReward
@@ -160,7 +160,10 @@ class _Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(4, 8, 0.0, ["q_proj", "v_proj"])])
+@pytest.mark.parametrize(
+    ("lora", "epochs", "killed"),
+    [(None, 1, 3), (LoraSettings(4, 8, 0.0, ["q_proj", "v_proj"]), 1, 3), (None, 2, 9)],
+)
 def test_a_killed_run_goes_on_with_its_weights_and_its_bound(
     recipe: GrpoSettings,
     contract: Contract,
@@ -169,17 +172,19 @@ def test_a_killed_run_goes_on_with_its_weights_and_its_bound(
     clamped: list[tuple[float, float]],
     spread: None,
     lora: LoraSettings | None,
+    epochs: int,
+    killed: int,
 ) -> None:
-    recipe = replace(recipe, lora=lora)
+    recipe = replace(recipe, lora=lora, epochs=epochs)
     whole = _trainer(recipe, contract, rows, tmp_path / "whole")
     whole.train()
     bounds, clamped[:] = list(clamped), []
     with pytest.raises(KeyboardInterrupt):
-        _trainer(recipe, contract, rows, tmp_path / "cut", _Kill(3)).train()
+        _trainer(recipe, contract, rows, tmp_path / "cut", _Kill(killed)).train()
     clamped.clear()
     second = _trainer(recipe, contract, rows, tmp_path / "cut")
     second.train(resume_from_checkpoint=get_last_checkpoint(str(tmp_path / "cut")))
-    assert clamped == bounds[4:]
+    assert clamped == bounds[2 * (killed - 1) :]
     start = {name: p for name, p in load_model(contract.folder).named_parameters()}
     moved = 0
     for (name, one), (_, two) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
@@ -188,6 +193,15 @@ def test_a_killed_run_goes_on_with_its_weights_and_its_bound(
     assert moved > 10 or lora
     losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, second)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_every_epoch_has_an_order_of_its_own_without_what_fills_no_rollout(recipe: GrpoSettings) -> None:
+    recipe = replace(recipe, epochs=3)
+    order = prompts(recipe, 14)
+    epochs = [order[start : start + 12] for start in range(0, len(order), 12)]
+    assert [len(set(epoch)) for epoch in epochs] == [12, 12, 12]
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len(order) == recipe.rollouts_for(14) * recipe.rollout_prompts
 
 
 def test_what_is_logged_holds_no_words(

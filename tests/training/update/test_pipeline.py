@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -183,6 +184,20 @@ def test_what_is_trained_on_is_in_no_evaluation_file(plan: Plan, tmp_path: Path)
     assert len(trained) == 16
     assert not any(one["id"].startswith("again") for one in trained)
     assert not {one["prompt"] for one in trained} & {one["prompt"] for one in dev}
+
+
+def test_replay_rows_whose_picture_no_guard_takes_are_named_and_neither_trained_nor_calibrated_on(
+    plan: Plan, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.gif")
+    drawn = [line(f"p{n}", f"look at {n}", "harmful", image="a.gif") for n in range(100)]
+    assert any(held_out(one["id"], HELD_BACK) for one in drawn)
+    write(plan.replay[0], [*labelled("r", 400, 0), *drawn])
+    _, reasons = Guards(plan, learnt).run()
+    named = [reason for reason in reasons if "no readable PNG, JPEG or WebP" in reason]
+    assert named
+    assert all(reason.startswith("train.jsonl:") for reason in named)
+    assert "a.gif" not in (plan.output / "lessons.jsonl").read_text()
 
 
 def test_a_source_that_loses_refuses_the_revision_and_says_where(plan: Plan) -> None:

@@ -5,10 +5,12 @@ Refuses: an image that is no PNG, JPEG or WebP, or that cannot be opened.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from PIL import Image
 
 from guard_middleware.types import Blob, Conversation, Message, Part, Text
-from guard_training.corpus.rows import CorpusError, Row
+from guard_training.corpus.rows import CorpusError, Row, Skipped
 
 _FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
@@ -30,3 +32,17 @@ def conversation(row: Row) -> Conversation:
         parts.append(Text(row.prompt))
     answer = Message("assistant", (Text(row.response),)) if row.response and row.response_label else None
     return Conversation((Message("user", tuple(parts)),), answer=answer)
+
+
+def judgeable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
+    """The rows without an image, or with one that can be judged; the others go to ``skipped``."""
+    kept = []
+    for row in rows:
+        try:
+            if row.image is not None:
+                conversation(row)
+        except CorpusError as error:
+            skipped(str(error))
+        else:
+            kept.append(row)
+    return kept

@@ -29,8 +29,8 @@ from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
 from guard_middleware.worker.weights import resolve
-from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows
+from guard_training.corpus.conversation import conversation, judgeable
+from guard_training.corpus.rows import Row, Skipped, labelled, read_good_rows
 from guard_training.evaluation import tables
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_json
@@ -261,16 +261,7 @@ def _gone(answered: int, total: int, error: BaseException, journal: Path | None)
 
 def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
     """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
-    kept = []
-    for row in labelled(rows, skipped):
-        try:
-            if row.image is not None:
-                conversation(row)
-        except CorpusError as error:
-            skipped(str(error))
-        else:
-            kept.append(row)
-    return kept
+    return judgeable(labelled(rows, skipped), skipped)
 
 
 def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, console: Console) -> dict[str, Any]:

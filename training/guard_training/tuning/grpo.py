@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
@@ -162,6 +163,7 @@ def arguments(recipe: GrpoSettings, output: Path, rows: int, *, cpu: bool) -> GR
         gradient_checkpointing=recipe.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         dataloader_pin_memory=False,
+        shuffle_dataset=False,  # ``prompts`` has the order
         save_steps=recipe.save_every * recipe.updates_per_rollout,
         save_total_limit=2,
         logging_steps=1,
@@ -169,6 +171,18 @@ def arguments(recipe: GrpoSettings, output: Path, rows: int, *, cpu: bool) -> GR
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
+
+
+def prompts(recipe: GrpoSettings, rows: int) -> list[int]:
+    """Numbers of rows in the order of the whole run: every epoch shuffled anew, without what does not fill a rollout.
+
+    Laid out at once, because TRL's sampler forgets on resume how far its generator was: every later epoch of a resumed
+    run would take up the order of the first one, and use some rows twice and others never.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
+    used = rows - rows % recipe.rollout_prompts
+    orders = [torch.randperm(rows, generator=generator).tolist() for _ in range(recipe.epochs)]
+    return [number for order in orders for number in order[:used]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +267,7 @@ def build(
         args=args,
         processing_class=RowProcessor.of(contract, rows, chosen.drawn),
         reward_funcs=[safety],
-        train_dataset=Dataset.from_dict({"prompt": [key(number) for number in range(len(rows))]}),
+        train_dataset=Dataset.from_dict({"prompt": [key(number) for number in prompts(recipe, len(rows))]}),
         peft_config=adapters(recipe.lora) if recipe.lora else None,
     )
     sharded = trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3)

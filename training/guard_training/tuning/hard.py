@@ -89,15 +89,14 @@ def reject(
             sampler: Sampler | None = None
             for batch in batches(rows, size):
                 if any(row.id not in journal.done for row in batch):
-                    sampler = sampler or make_sampler()
-                    for line in sample_batch(batch, contract, sampler, seed=seed, read=read):
-                        if line["id"] not in journal.done:
-                            journal.append(line)
+                    asked = askable(batch, contract, skipped, seed=seed, read=read)
+                    if any(one.row.id not in journal.done for one in asked):
+                        sampler = sampler or make_sampler()
+                        for line in sample(asked, sampler):
+                            if line["id"] not in journal.done:
+                                journal.append(line)
                 progress.advance(task, len(batch))
-        lines = list(journal)
-    counts = {line["id"]: from_json(line) for line in lines if "bad" not in line}
-    names = {row.id: row.name for row in rows}
-    skipped.reasons += [f"{names[line['id']]}: {line['bad']}" for line in lines if "bad" in line]
+        counts = {line["id"]: from_json(line) for line in journal}
     kept = select(
         rows,
         counts,
@@ -124,22 +123,31 @@ def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def sample_batch(
-    rows: Sequence[Row], contract: Contract, sampler: Sampler, *, seed: int, read: Read | None
-) -> list[dict[str, Any]]:
-    """A journal line per row: its counts, or ``bad`` with the reason why the guard cannot be asked."""
-    lines: list[dict[str, Any]] = []
-    asked: list[tuple[Row, Prompt, bool]] = []
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row as the guard is asked about it; ``answered`` where it judges an answer too."""
+
+    row: Row
+    prompt: Prompt
+    answered: bool
+
+
+def askable(rows: Sequence[Row], contract: Contract, skipped: Skipped, *, seed: int, read: Read | None) -> list[Asked]:
+    """The rows that the guard can be asked about. The others go to ``skipped`` and into no journal: an image that is
+    not there yet may be there when the command is given again."""
+    asked = []
     for row in rows:
         try:
-            asked.append((row, *_prompt(row, contract, seed=seed, read=read)))
+            asked.append(Asked(row, *_prompt(row, contract, seed=seed, read=read)))
         except (GuardError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            lines.append({"id": row.id, "bad": str(error).removeprefix(f"{row.name}: ")})
-    if asked:
-        found = sampler.sample([prompt for _, prompt, _ in asked])
-        for (row, _, answered), samples in zip(asked, found, strict=True):
-            lines.append(to_json(count(row, samples, answered=answered)))
-    return lines
+            skipped(f"{row.name}: {str(error).removeprefix(f'{row.name}: ')}")
+    return asked
+
+
+def sample(asked: Sequence[Asked], sampler: Sampler) -> list[dict[str, Any]]:
+    """A journal line per row: the counts of its samples."""
+    found = sampler.sample([one.prompt for one in asked])
+    return [to_json(count(one.row, samples, answered=one.answered)) for one, samples in zip(asked, found, strict=True)]
 
 
 def _prompt(row: Row, contract: Contract, *, seed: int, read: Read | None) -> tuple[Prompt, bool]:

@@ -19,6 +19,7 @@ from rich.progress import track
 from guard_middleware.types import REASON, Judging
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
+from guard_training.corpus.conversation import judgeable
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation.measure import identity, sample, usable, write_json
@@ -170,7 +171,7 @@ def prepare(
             return readable(rows, prints, skipped, shown)
 
         # agreement compares the images' bytes, so they have to be there
-        whole = {row.id for row in good([one.lesson for one in corrections])}
+        whole = {row.id for row in judgeable(good([one.lesson for one in corrections]), skipped)}
         kept = agreed([one for one in corrections if one.lesson.id in whole], skipped)
         evaluation = {path: good(read_good_rows(path, skipped)) for path in plan.evaluation}
         golden = good(read_good_rows(plan.golden, skipped))
@@ -188,7 +189,8 @@ def prepare(
         # as many again as are wanted, since those that an evaluation set holds go out
         chosen = replay(older, corrected, 2 * count, plan.sft.seed)
         kept_back = held_back(older, _CALIBRATION_ROWS, plan.sft.seed)
-        clean = without_leaks(good([*chosen, *kept_back]), against, skipped, fingerprints=prints, track=shown)
+        wanted = judgeable(good([*chosen, *kept_back]), skipped)
+        clean = without_leaks(wanted, against, skipped, fingerprints=prints, track=shown)
     ids = {row.id for row in clean}
     replayed = replay([row for row in chosen if row.id in ids], [], count, plan.sft.seed)
     if len(replayed) < count:
