@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guard_training.corpus.rows import Skipped
+from guard_training.corpus.rows import CorpusError, Skipped
 from guard_training.nano import pipeline, rows
 from guard_training.nano.pipeline import train_nano
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
@@ -61,15 +61,17 @@ def test_rows_that_an_evaluation_set_holds_are_left_out_pictures_too(data: Path,
         lines.write(json.dumps(mine) + "\n")
     theirs = [
         mine | {"id": "q", "prompt": "and this?", "image": "theirs.png"},
-        mine | {"id": "r", "prompt": "How do I pick lock 3?", "image": None},
+        mine | {"id": "r", "prompt": "Please: sort the list of cars!", "image": None},
     ]
     (data / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in theirs))
     skipped = Skipped()
     assert [row.id for row in load_rows(data, recipe, skipped).pictures] == ["p"]
     found = load_rows(data, recipe, skipped, [data / "dev.jsonl"])
     assert found.pictures == []
-    assert "how do I pick lock 3" not in {row.prompt for row in found.prompts}
-    assert len(found.prompts) == 5
+    assert {row.source for row in found.prompts} == {"locks"}  # the bank's only prompt is theirs too
+    (data / "dev.jsonl").write_text("")
+    with pytest.raises(CorpusError, match=r"dev\.jsonl: no row to compare with"):
+        load_rows(data, recipe, skipped, [data / "dev.jsonl"])
 
 
 @pytest.mark.parametrize("change", ["recipe", "data", "bank"])

@@ -105,6 +105,7 @@ def run(given: argparse.Namespace) -> None:
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
     from guard_training.corpus.leakage import Fingerprints, readable
     from guard_training.corpus.rows import held_out, read_good_rows
+    from guard_training.evaluation.against import evaluation_sets
     from guard_training.evaluation.measure import sample, usable
     from guard_training.update.lessons import HELD_BACK, without_leaks
 
@@ -116,7 +117,7 @@ def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
     if not kept:
         raise ValueError(f"none of the {len(rows)} rows is held back; --every-row takes them all")
     prints = Fingerprints()
-    against = {str(path): readable(read_good_rows(path, skipped), prints, skipped) for path in given.against}
+    against = evaluation_sets(given.against, prints, skipped)
     kept = without_leaks(usable(readable(kept, prints, skipped), skipped), against, skipped, fingerprints=prints)
     if not kept:
         raise ValueError(f"no row is left to calibrate on; {skipped.summary()}")

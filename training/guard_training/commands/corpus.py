@@ -19,7 +19,7 @@ from guard_training.commands import terminal
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
 
 if TYPE_CHECKING:
-    from guard_training.corpus.leakage import Fingerprints, Leak, Track
+    from guard_training.corpus.leakage import Leak, Track
     from guard_training.corpus.sources.build import Built
     from guard_training.corpus.sources.parts import Given, Part
 
@@ -157,6 +157,7 @@ def run_build(given: argparse.Namespace) -> None:
     from guard_training.corpus.sources.build import PAPER_IMAGE_TEST, Plan, build, write_corpus
     from guard_training.corpus.sources.parts import read_part
     from guard_training.corpus.statistics import statistics, steps_table
+    from guard_training.evaluation.against import evaluation_sets
 
     copies = _copies(given.source, tuple(given.images))
     paper = {copy.source.name: copy.source.share for copy in copies} if given.paper_shares else {}
@@ -171,7 +172,7 @@ def run_build(given: argparse.Namespace) -> None:
             seed=given.seed,
             shares=shares,
             image_test=image_test,
-            against=_evaluation_sets(given, prints, skipped, track),
+            against=evaluation_sets(given.against, prints, skipped, images=given.against_images, track=track),
             threshold=given.threshold,
             remove_leaks=not given.keep_leaks,
             near=given.near_duplicates,
@@ -191,6 +192,7 @@ def run_check(given: argparse.Namespace) -> None:
     from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
     from guard_training.corpus.sources.build import lines
     from guard_training.corpus.sources.parts import write
+    from guard_training.evaluation.against import evaluation_sets
     from guard_training.rowfile import bring_image
 
     if given.output and len(given.train) > 1:
@@ -199,7 +201,7 @@ def run_check(given: argparse.Namespace) -> None:
     with _progress() as progress, Fingerprints(given.cache) as prints:
         track = _track(progress)
         rows = readable([row for file in given.train for row in read_good_rows(file, skipped)], prints, skipped, track)
-        against = _evaluation_sets(given, prints, skipped, track)
+        against = evaluation_sets(given.against, prints, skipped, images=given.against_images, track=track)
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)
     console = terminal(_WIDTH)
     console.print(_leaks_table(rows, leaks))
@@ -256,40 +258,6 @@ def _shares(given: Sequence[str], known: set[str]) -> dict[str, float]:
         if name not in known:
             raise CorpusError(f"--share {each}: no --source of that name")
     return shares
-
-
-def _evaluation_sets(
-    given: argparse.Namespace, prints: Fingerprints, skipped: Skipped, track: Track
-) -> dict[str, list[Row]]:
-    """By file name, or by path where two have the same name.
-
-    Raises ``CorpusError`` where one has no row to compare with: it would find no leak, whatever leaks.
-    """
-    from guard_training.corpus.leakage import readable
-    from guard_training.evaluation.benchmarks import BENCHMARKS, fetch_images, read_benchmark
-
-    released = {f"{name}.json": benchmark for name, benchmark in BENCHMARKS.items()}
-    files: list[Path] = []
-    for place in given.against:
-        inside = [place / name for name in released if (place / name).is_file()] if place.is_dir() else [place]
-        if not inside:
-            raise CorpusError(f"--against {place}: no {', '.join(released)} in it; name its files")
-        files += inside
-    names, images = [file.name for file in files], None
-    if given.against_images and any(name in released and released[name].hub_label is not None for name in names):
-        where = Path(given.against_images)
-        images = where if where.is_dir() else fetch_images(given.against_images)
-    sets = {}
-    for file in files:
-        bad = len(skipped.reasons)
-        benchmark = released.get(file.name)
-        read = read_benchmark(benchmark, file, skipped, images=images) if benchmark else read_good_rows(file, skipped)
-        rows = readable(read, prints, skipped, track)
-        if not rows:
-            why = f": {skipped.reasons[bad]}" if len(skipped.reasons) > bad else ""
-            raise CorpusError(f"--against {file}: no row to compare with{why}")
-        sets[str(file) if names.count(file.name) > 1 else file.name] = rows
-    return sets
 
 
 def _counts_table(built: Built) -> Table:

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 
 from guard_middleware.guard.prompt import SYSTEM, PromptEncoder, render
 from guard_training.corpus.rows import Row, Skipped
+from guard_training.evaluation.against import evaluation_files
 from guard_training.nano.answers import make_answers, make_pairs
 from guard_training.nano.bank import default_bank
 from guard_training.nano.calibrate import margins, shift_decision, shift_for
@@ -149,7 +150,9 @@ def train_nano(
     glosses = definitions(wordnet)
     settings = {
         "recipe": asdict(recipe),
-        "files": {str(path): digest(path) for path in [*(data / name for name in recipe.files), *against]},
+        "files": {
+            str(path): digest(path) for path in [*(data / name for name in recipe.files), *evaluation_files(against)]
+        },
         "bank": {path.name: digest(path) for path in sorted(default_bank().glob("*.yaml"))},
         "rationales": _sum(f"{id}\n{text}" for id, text in sorted(rationales.items())),
         "definitions": _sum(glosses),
