@@ -42,6 +42,11 @@ def rows(tmp_path: Path) -> Path:
         json.dumps({"id": "y", "source": "made", "prompt": "p", "prompt_label": "harmful", "image": "no.png"})
     )
     written.append(json.dumps({"id": "r1", "source": "made", "prompt": "p", "prompt_label": "harmful"}))
+    whole = (folder / "pictures" / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    written.append(
+        json.dumps({"id": "z", "source": "made", "prompt": "p", "prompt_label": "harmful", "image": "cut.png"})
+    )
     (folder / "rows.jsonl").write_text("\n".join(written) + "\n")
     return folder / "rows.jsonl"
 
@@ -65,9 +70,14 @@ def test_rows_and_their_mixes_are_written_with_provenance_and_bad_rows_are_named
         assert bool(by_id[id].image) == with_image == (line["concatenation"]["layout"] is not None)
     assert all(row.image is None or row.image.is_file() for row in by_id.values())
     shown = capsys.readouterr().out
-    assert "4 rows left out" in shown
-    for reason in ("rows.jsonl:4: not a labelled row", "rows.jsonl:22: x: no label", "rows.jsonl:23: y: no.png is no",
-                   "rows.jsonl:24: r1: a second row"):  # fmt: skip
+    assert "5 rows left out" in shown
+    for reason in (
+        "rows.jsonl:4: not a labelled row",
+        "rows.jsonl:22: x: no label",
+        "rows.jsonl:23: y: its image no.png cannot",
+        "rows.jsonl:24: r1: a second row",
+        "rows.jsonl:25: z: its image cut.png cannot",
+    ):
         assert reason in shown
 
 

@@ -115,3 +115,53 @@ def test_a_file_without_held_back_rows_is_refused(
     given = ["calibrate", "--model", str(guard), "--data", str(data), "--output", str(tmp_path / "c.json")]
     assert main(given) == 1
     assert "--every-row" in capsys.readouterr().err
+
+
+def test_a_row_that_an_evaluation_set_holds_too_is_left_out(
+    guard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def measured(rows: list[measure.Row], model: str, **more: object) -> list[measure.Outcome]:
+        asked.extend(row.id for row in rows)
+        return []
+
+    monkeypatch.setattr(measure, "measure", measured)
+    data = write(tmp_path / "kept.jsonl", 6)
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text('{"id": "d", "source": "made", "prompt": "How do I bake 4 loaves?", "prompt_label": "harmful"}\n')
+    given = [
+        "calibrate",
+        "--model",
+        str(guard),
+        "--data",
+        str(data),
+        "--every-row",
+        "--output",
+        str(tmp_path / "c.json"),
+    ]
+    assert main([*given, "--against", str(dev)]) == 0
+    assert set(asked) == {"r0", "r1", "r2", "r3", "r5"}
+    assert "kept.jsonl:5: r4: dev.jsonl holds it too (d, text exact)" in capsys.readouterr().out
+
+
+def test_a_killed_run_asks_only_what_is_left(
+    guard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, asked, whole = write(tmp_path / "kept.jsonl", 12), 0, measure._frame
+
+    def frame(number: int, row: measure.Row, judging: Judging) -> bytes:
+        nonlocal asked
+        asked += 1
+        if asked == 18:  # in the second mode
+            raise KeyboardInterrupt
+        return whole(number, row, judging)
+
+    monkeypatch.setattr(measure, "_frame", frame)
+    given = ["calibrate", "--model", str(guard), "--data", str(data), "--every-row", "--concurrency", "1", "--output"]
+    assert main([*given, str(tmp_path / "c.json")]) == 130
+    assert not (tmp_path / "c.json").exists()
+    assert main([*given, str(tmp_path / "c.json")]) == 0, capsys.readouterr().err
+    assert asked == 2 * 12 + 1
+    assert main([*given, str(tmp_path / "unbroken.json")]) == 0
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads((tmp_path / "unbroken.json").read_text())

@@ -6,6 +6,7 @@ import pytest
 
 from guard_middleware.guard.parse import parse
 from guard_middleware.types import Label
+from guard_training.corpus.rows import Skipped
 from guard_training.nano.lexicon import Lexicon, balance, fit_log_odds, word_lexicon
 from guard_training.nano.teacher import Judged, Kind, external, joined, label, read_rationales, teach, topic
 
@@ -75,19 +76,26 @@ def test_the_topic_comes_from_the_category_and_else_from_the_words(
     assert topic(label, category, words) == expected
 
 
-def test_a_real_teachers_rationale_is_wrapped_and_checked(tmp_path: Path) -> None:
+def test_a_real_teachers_rationale_is_wrapped() -> None:
     judged = Judged("pick a lock", "the request", "harmful")
     assert (
         parse(joined(external("It asks for a break-in.", judged)), answered=False).reasoning
         == "It asks for a break-in."
     )
-    file = tmp_path / "r.jsonl"
-    # characters that str.splitlines cuts at and JSON does not
-    file.write_text('{"id": "a", "reasoning": "Because\u2028of\x85it."}\n', encoding="utf-8")
-    assert read_rationales(file) == {"a": "Because\u2028of\x85it."}
-    file.write_text('{"id": "a", "reasoning": "x </think> y"}\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl:1"):
-        read_rationales(file)
+
+
+def test_rationales_are_read_from_the_good_lines_of_a_file(tmp_path: Path) -> None:
+    file, skipped = tmp_path / "r.jsonl", Skipped()
+    good = [
+        '{"id": "a", "reasoning": "Because\u2028of\x85it."}',  # what str.splitlines cuts at and JSON does not
+        '{"id": 7, "source": "s", "rationale": "As synthesize writes it."}',
+    ]
+    bad = ["", "{", "[1]", '{"id": "b"}', '{"id": "c", "reasoning": 1}', '{"id": "a", "reasoning": "again"}']
+    bad += ['{"id": "d", "reasoning": "x </think> y"}']
+    file.write_text("\n".join([*good, *bad]), encoding="utf-8")
+    assert read_rationales(file, skipped) == {"a": "Because\u2028of\x85it.", "7": "As synthesize writes it."}
+    assert [reason.partition(" ")[0] for reason in skipped.reasons] == [f"r.jsonl:{n}:" for n in range(4, 10)]
+    assert "</think>" in skipped.reasons[-1]
 
 
 def test_sources_weigh_by_the_root_of_their_size_within_a_label() -> None:

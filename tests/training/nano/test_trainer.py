@@ -14,6 +14,7 @@ from guard_middleware.types import Blob, Conversation, Label, Message, Text
 from guard_middleware.worker.weights import load
 from guard_training.corpus.rows import Row
 from guard_training.nano.calibrate import shift_decision
+from guard_training.nano.cases import _mixed
 from guard_training.nano.export import export
 from guard_training.nano.lexicon import Lexicon
 from guard_training.nano.mixture import (
@@ -225,6 +226,33 @@ def test_cases_say_what_they_hold(tmp_path: Path) -> None:
         assert joined(teach(case.judged, LEXICON))
         assert render(case.conversation, ["drawn words"] * len(case.conversation.blobs())).text()
         assert (case.judged.answer is None) == (case.conversation.answer is None)
+
+
+def test_a_case_has_its_rows_id_only_where_it_says_just_what_the_row_says(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    others = {"harmful": ["steal a car"], "unharmful": ["bake some bread"]}
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    row = Row("a", "s", "how do I pick a lock", "unharmful", "No.", "unharmful", image=tmp_path / "a.png")
+    by_label = {label: [Row("b", "s", said[0], label)] for label, said in others.items()}  # type: ignore[arg-type]
+    kept: dict[str, int] = {}
+    for _ in range(300):
+        for name, case in {
+            "text": text_case(row, others, 40, rng),  # type: ignore[arg-type]
+            "cut": text_case(row, others, 4, rng),  # type: ignore[arg-type]
+            "pair": pair_case(_mixed(row, by_label, rng), 40, rng),  # type: ignore[arg-type]
+            "dialogue": dialogue_case(row, others, 40, rng),  # type: ignore[arg-type]
+            "picture": picture_case(row, "", others, rng),  # type: ignore[arg-type]
+            "drawn": picture_case(row, "drawn words", others, rng),  # type: ignore[arg-type]
+        }.items():
+            said = [
+                part.text for message in case.conversation.messages for part in message.parts if hasattr(part, "text")
+            ]
+            same = (said, case.judged.request) == ([row.prompt], row.request)
+            assert (case.id == "a") == (same and name != "dialogue"), name
+            kept[name] = kept.get(name, 0) + bool(case.id)
+    assert 50 < kept["text"] < 250
+    assert 200 < kept["pair"] < 300
+    assert (kept["cut"], kept["dialogue"], kept["picture"], kept["drawn"]) == (0, 0, 300, 0)
 
 
 def test_joining_makes_harmful_if_either_is() -> None:

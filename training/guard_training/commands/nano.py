@@ -29,7 +29,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     nano.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     nano.add_argument("--recipe", type=Path, metavar="FILE", help="constants of the run (default: the recipe of nano)")
     nano.add_argument(
-        "--rationales", type=Path, metavar="FILE", help="JSONL of a real teacher's {id, reasoning}, used where given"
+        "--rationales",
+        type=Path,
+        metavar="FILE",
+        help="a real teacher's, {id, reasoning} a line or what synthesize wrote; for rows shown unchanged",
     )
     nano.add_argument(
         "--wordnet",
@@ -59,8 +62,8 @@ def run(given: argparse.Namespace) -> None:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)
     recipe = read_recipe(given.recipe or default_recipe())
-    rationales = read_rationales(given.rationales) if given.rationales else {}
     skipped = Skipped()
+    rationales = read_rationales(given.rationales, skipped) if given.rationales else {}
     folder = train_nano(
         given.data,
         given.output,

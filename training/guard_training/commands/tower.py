@@ -98,12 +98,13 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.conversation import judgeable
     from guard_training.corpus.rows import read_good_rows
     from guard_training.nano.unread import chosen
 
     figstep = [row for row in read_good_rows(given.data, skipped) if row.source == "figstep"] if given.data else []
     typographic = read_good_rows(given.typographic, skipped) if given.typographic else []
-    rows = chosen([*figstep, *typographic], given.limit)
+    rows = chosen(judgeable([*figstep, *typographic], skipped), given.limit)
     if (given.data or given.typographic) and not rows:
         raise ValueError("no labelled picture in --data or --typographic; --data needs rows of source figstep")
     return rows

@@ -110,7 +110,7 @@ def _mixed(row: Row, by_label: Mapping[Label, Sequence[Row]], rng: random.Random
     if rng.random() > 0.2:
         return row
     other = rng.choice(by_label[rng.choice(("harmful", "unharmful"))])
-    return Row(row.id, row.source, other.prompt, other.request, row.response, row.response_label, row.category)
+    return replace(row, id="", prompt=other.prompt, request=other.request)
 
 
 def encode_cases(
@@ -132,8 +132,10 @@ def encode_cases(
         reasoning = rationales.get(case.id)
         if case.brief:
             stretches = label(case.judged)
+        elif reasoning and case.judged.request:  # without that label the rationale has no verdict to end in
+            stretches = external(reasoning, case.judged)
         else:
-            stretches = external(reasoning, case.judged) if reasoning else teach(case.judged, lexicon)
+            stretches = teach(case.judged, lexicon)
         closed = case.chance is None
         example = encode_example(
             render(case.conversation, found),

@@ -59,8 +59,9 @@ _JOINED = (0.15, 0.7)
 class Case:
     """One thing to judge, with the labels and the words that the teacher needs. ``picture`` is its only image.
 
-    A ``brief`` case has no reasoning. ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case
-    that has them ends at the decision.
+    ``id`` is the row's where the case says just what the row says: a real teacher's rationale fits nothing else. A
+    ``brief`` case has no reasoning. ``chance`` and ``meaning`` are the encoder's, see ``trainer.Example``; a case that
+    has them ends at the decision.
     """
 
     conversation: Conversation
@@ -160,7 +161,8 @@ def text_case(row: Row, others: Mapping[Label, Sequence[str]], words: int, rng: 
     text, label = restyle(cut(row.prompt, words, rng), row.request, others, rng)
     text = cut(text, words, rng) if label == "unharmful" else " ".join(text.split(" ")[: 2 * words])
     judged = Judged(text, "the request", label, row.category)
-    return Case(Conversation((_user(text),)), judged, source=row.source, id=row.id)
+    same = (text, label) == (row.prompt, row.request)
+    return Case(Conversation((_user(text),)), judged, source=row.source, id=row.id if same else "")
 
 
 def snippet(texts: Sequence[str], longest: int, rng: random.Random) -> str:
@@ -211,7 +213,7 @@ def pair_case(row: Row, words: int, rng: random.Random) -> Case:
         Conversation((_user(prompt),), answer=Message("assistant", (Text(answer),))),
         judged,
         source=row.source,
-        id=row.id,
+        id=row.id if (prompt, answer) == (row.prompt, row.response) else "",
     )
 
 
@@ -238,9 +240,7 @@ def dialogue_case(row: Row, others: Mapping[Label, Sequence[str]], words: int, r
     else:
         place = "the system text"
         messages = [Message("system", (Text(text),)), _user(rng.choice(("Hello.", "Begin.", beside)))]
-    return Case(
-        Conversation(tuple(messages)), Judged(text, place, row.request, row.category), source=row.source, id=row.id
-    )
+    return Case(Conversation(tuple(messages)), Judged(text, place, row.request, row.category), source=row.source)
 
 
 def picture_case(row: Row, drawn: str, others: Mapping[Label, Sequence[str]], rng: random.Random) -> Case:
@@ -260,4 +260,5 @@ def picture_case(row: Row, drawn: str, others: Mapping[Label, Sequence[str]], rn
     blob = Blob("image/png", row.image.read_bytes())
     parts: tuple[Part, ...] = (Text(prompt), blob) if rng.random() < 0.5 else (blob, Text(prompt))
     judged = Judged(words, place, label, row.category)
-    return Case(Conversation((Message("user", parts),)), judged, row.image, row.source, row.id)
+    same = (prompt, label) == (row.prompt, row.request)
+    return Case(Conversation((Message("user", parts),)), judged, row.image, row.source, row.id if same else "")

@@ -10,6 +10,7 @@ set with fonts and texts that training never saw), ``checkpoints-N/``.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -78,7 +79,10 @@ def make_tokenizer(rows: Rows, definitions: Sequence[str], recipe: Recipe, folde
         return AutoTokenizer.from_pretrained(folder)
     texts = [row.prompt[:4000] for row in rows.prompts] + [(row.response or "")[:1500] for row in rows.pairs]
     made = train_tokenizer([*texts, *definitions, *[SYSTEM] * 50], PHRASES, vocab_size=recipe.vocabulary)
-    made.save_pretrained(folder)
+    # whole or not at all: a folder that is there is taken for finished
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}")
+    made.save_pretrained(draft)
+    draft.rename(folder)
     return made
 
 

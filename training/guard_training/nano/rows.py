@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guard_middleware.types import Label
+from guard_training.corpus.conversation import judgeable
 from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
 from guard_training.corpus.rows import Row, Skipped, held_out, passages, read_good_rows, unique_prompts
 from guard_training.evaluation.against import evaluation_sets
@@ -48,12 +49,13 @@ class Rows:
 def load_rows(data: Path, recipe: Recipe, skipped: Skipped, against: Sequence[Path] = ()) -> Rows:
     """Rows of the recipe's files and of the bank, passages added; without those that a file of ``against`` holds.
 
-    Bad lines, and rows whose image cannot be opened, go to ``skipped``. Raises ``CorpusError`` for a file of
+    Bad lines, and rows whose image cannot be judged, go to ``skipped``. Raises ``CorpusError`` for a file of
     ``against`` without any row.
     """
     prints = Fingerprints()
     labelled = [row for name in recipe.files for row in read_good_rows(data / name, skipped)]
-    rows = unique_prompts([*readable(labelled, prints, skipped), *read_bank(default_bank())])
+    seen = judgeable(readable(labelled, prints, skipped), skipped)
+    rows = unique_prompts([*seen, *read_bank(default_bank())])
     leaked = {leak.id for leak in find_leaks(rows, evaluation_sets(against, prints, skipped), fingerprints=prints)}
     rows = [row for row in rows if row.source not in recipe.exclude and row.id not in leaked]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from guard_middleware.guard.parse import TAGS, completion
 from guard_middleware.types import Label
+from guard_training.corpus.rows import Skipped, open_text, row_id
 from guard_training.nano.lexicon import Lexicon
 
 
@@ -230,7 +231,7 @@ def form() -> dict[str, list[dict[str, object]]]:
 
 
 def external(reasoning: str, judged: Judged) -> list[Stretch]:
-    """The completion with a real teacher's rationale. Raises ``ValueError`` for one that holds a tag of the format."""
+    """The completion with a real teacher's rationale."""
     if judged.request is None:
         raise ValueError("a rationale needs a row whose request is labelled")
     whole = completion(reasoning, judged.request, judged.response)
@@ -238,17 +239,30 @@ def external(reasoning: str, judged: Judged) -> list[Stretch]:
     return [Stretch(thought, Kind.QUOTE), Stretch("</think>" + verdict, Kind.LABEL)]
 
 
-def read_rationales(path: Path) -> dict[str, str]:
-    """``{"id", "reasoning"}`` per line; raises ``ValueError`` with the line for anything else."""
+def read_rationales(path: Path, skipped: Skipped) -> dict[str, str]:
+    """A real teacher's reasoning by row id: lines ``{"id", "reasoning"}``, or what ``guard-train synthesize`` writes.
+
+    What cannot be used goes to ``skipped``: a line of anything else, a row's second one, a tag of the output format.
+    """
     out: dict[str, str] = {}
-    with path.open(encoding="utf-8") as lines:
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
-            value = json.loads(line)
-            if not isinstance(value.get("id"), str) or not isinstance(value.get("reasoning"), str):
-                raise ValueError(f"{path.name}:{number}: a rationale is {{'id': text, 'reasoning': text}}")
-            if any(tag in value["reasoning"] for tag in TAGS):
-                raise ValueError(f"{path.name}:{number}: the reasoning must not hold {', '.join(TAGS)}")
-            out[value["id"]] = value["reasoning"]
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                id, reasoning = row_id(value["id"]), value.get("reasoning") or value["rationale"]
+                if id is None or not isinstance(reasoning, str):
+                    raise TypeError
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                skipped(f"{path.name}:{number}: a rationale is {{'id': text, 'reasoning': text}}")
+                continue
+            if id in out:
+                skipped(f"{path.name}:{number}: {id}: a second rationale")
+            elif any(tag in reasoning for tag in TAGS):
+                skipped(f"{path.name}:{number}: {id}: the reasoning must not hold {', '.join(TAGS)}")
+            else:
+                out[id] = reasoning
     return out
 
 

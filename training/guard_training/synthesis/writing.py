@@ -139,7 +139,7 @@ class _Run:
                     self._failed(error)
                 self._invalid(row, [str(error)])
             except CorpusError as error:
-                self._invalid(row, [str(error)])
+                self._invalid(row, [f"{row.name}: {error}"])
             self.progress.advance(self.task)
 
     async def _row(self, row: Row, tokens: int, client: Client) -> None:

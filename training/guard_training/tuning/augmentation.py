@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
 from guard_training.rowfile import begin, bring_image, digest
@@ -73,9 +74,9 @@ def augment(
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
-    """Labelled rows whose image, where they have one, opens."""
+    """Labelled rows whose image, where they have one, can be decoded and is not too large."""
     kept = []
-    for row in labelled(rows, skipped):
+    for row in readable(labelled(rows, skipped), Fingerprints(), skipped):
         try:
             if row.image is not None:
                 size_of(row.image)
