@@ -6,9 +6,9 @@
 # DATA holds train.jsonl.gz, train_benign_extra.jsonl.gz and dev.jsonl.gz (labelled rows; see `guard-train evaluate
 # --help`). What is finished in OUT is not done again, and what was stopped goes on, so give the same command again
 # after a stop. Two CPU cores and 4 GiB of memory; a few hours. The end is OUT/report.html (R-SFT and RL compared) and
-# OUT/revision: RL's guard where, on rows that training held back, its mean F1 is not lower than R-SFT's and its mean
-# false-positive rate at most a point higher; else R-SFT's. DEV has no say in it, and no row of DEV is trained on,
-# calibrated on or chosen by.
+# OUT/revision: RL's guard where, on the rows of the bank that training held back, its mean F1 is not lower than
+# R-SFT's and its mean false-positive rate at most a point higher; else R-SFT's. DEV has no say in it, and no row of DEV
+# is trained on, calibrated on or chosen by.
 #
 # From the environment, where another value is wanted:
 #   GUARD_TRAIN  how guard-train is started          (guard-train)
@@ -60,31 +60,27 @@ step() {
   echo "== $name: $((SECONDS - start)) s"
 }
 
-# rows OUTPUT trained|kept_back N FILE...: every n-th row that is text alone (images stay in DATA), of those that are
-# trained on or of those that training holds back (by the digest of their ids), without what DEV holds. A bad line has
-# no say; the commands before have named it.
-rows() {
-  local output=$1
-  shift
-  python3 -c '
-import gzip, hashlib, json, sys
+# Every n-th row that is text alone (images stay in DATA), without those that training holds back (by the digest of
+# their ids), since scores are calibrated on these, and without what DEV holds. A bad line has no say; the commands
+# before have named it.
+candidates() {
+  gzip -dc "$DATA/train.jsonl.gz" | python3 -c '
+import hashlib, json, sys
 
 def trained_on(row):
     return int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:4], "big") >= 0.03 * 2**32
 
-part, every, *files = sys.argv[1:]
 kept = []
-for file in files:
-    for line in gzip.open(file):
-        try:
-            row = json.loads(line)
-            if row.get("image") is None and trained_on(row) == (part == "trained"):
-                kept.append(line)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass
-sys.stdout.buffer.writelines(kept[:: int(every)])
-' "$@" >"$output.all.jsonl"
-  "${TRAIN[@]}" corpus check --train "$output.all.jsonl" --against "$DEV" --output "$output.jsonl"
+for line in sys.stdin.buffer:
+    try:
+        row = json.loads(line)
+        if row.get("image") is None and trained_on(row):
+            kept.append(line)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+sys.stdout.buffer.writelines(kept[:: int(sys.argv[1])])
+' "${RL_EVERY:-8}" >"$OUT/every_nth.jsonl"
+  "${TRAIN[@]}" corpus check --train "$OUT/every_nth.jsonl" --against "$DEV" --output "$OUT/candidates.jsonl"
 }
 
 # calibrate STAGE: scores of what OUT/STAGE holds, before they are measured; on rows that training holds back.
@@ -100,7 +96,7 @@ import json, sys
 means = json.load(open(sys.argv[1]))["against"]["means"]
 f1, wrong = ((means.get(name) or {}).get("difference") for name in ("f1", "false_positive_rate"))
 print("rl" if f1 is not None and f1 >= 0 and (wrong or 0) <= 0.01 else "nano")
-' "$OUT/rl.kept_back.json" >"$OUT/best.part"
+' "$OUT/rl.bank.json" >"$OUT/best.part"
   mv "$OUT/best.part" "$OUT/best"
 }
 
@@ -128,7 +124,7 @@ step "measuring after R-SFT" \
   "${TRAIN[@]}" evaluate --data "$DEV" --model "$OUT/nano/model" --predictions "tfidf=$OUT/tfidf.jsonl" \
   --outcomes "$OUT/nano.outcomes.jsonl" --report "$OUT/nano.html" --json "$OUT/nano.json" ${limit[@]+"${limit[@]}"}
 
-step "rows for RL" rows "$OUT/candidates" trained "${RL_EVERY:-8}" "$DATA/train.jsonl.gz"
+step "rows for RL" candidates
 
 step "rejection sampling" \
   "${TRAIN[@]}" reject --rows "$OUT/candidates.jsonl" --model "$OUT/nano/model" --output "$OUT/hard.jsonl" \
@@ -149,15 +145,13 @@ step "measuring after RL" \
   --predictions "tfidf=$OUT/tfidf.jsonl" --outcomes "$OUT/rl.outcomes.jsonl" --report "$OUT/report.html" \
   --json "$OUT/rl.json" ${limit[@]+"${limit[@]}"}
 
-step "rows for the choice" rows "$OUT/kept_back" kept_back 1 "$DATA/train.jsonl.gz" "$DATA/train_benign_extra.jsonl.gz"
+step "R-SFT on the bank" \
+  "${TRAIN[@]}" evaluate --data "$OUT/nano/held_out/bank.jsonl" --model "$OUT/nano/model" \
+  --outcomes "$OUT/nano.bank.jsonl"
 
-step "R-SFT on rows held back" \
-  "${TRAIN[@]}" evaluate --data "$OUT/kept_back.jsonl" --model "$OUT/nano/model" --limit 200 \
-  --outcomes "$OUT/nano.kept_back.jsonl"
-
-step "RL on rows held back" \
-  "${TRAIN[@]}" evaluate --data "$OUT/kept_back.jsonl" --model "$OUT/rl/model" --limit 200 \
-  --against "$OUT/nano.kept_back.jsonl" --json "$OUT/rl.kept_back.json"
+step "RL on the bank" \
+  "${TRAIN[@]}" evaluate --data "$OUT/nano/held_out/bank.jsonl" --model "$OUT/rl/model" \
+  --against "$OUT/nano.bank.jsonl" --json "$OUT/rl.bank.json"
 
 step "choice" choose
 best=$(<"$OUT/best")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guard_middleware.worker.weights import load
-from guard_training.corpus.rows import Skipped
+from guard_training.corpus.rows import Skipped, read_good_rows
 from guard_training.nano import pipeline, rows
 from guard_training.nano.pipeline import train_nano
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
@@ -77,6 +77,9 @@ def test_a_run_killed_in_either_stage_ends_in_the_weights_of_an_unbroken_one(
 ) -> None:
     unbroken = _train(data, recipe, "unbroken")
     assert load(unbroken, name="small").facts.window_tokens == recipe.window_tokens
+    held_out = read_good_rows(data / "unbroken" / "held_out" / "bank.jsonl", Skipped())
+    assert {row.source for row in held_out} <= {"bank_benign_work", "bank_answers"}
+    assert 0 < len(held_out) < 8
 
     step, steps = GuardSFTTrainer.training_step, 0
 

@@ -17,7 +17,7 @@ from guard_training.update.lessons import HELD_BACK
 SCRIPT = Path("training/runs/reproduce.sh")
 STEPS = [
     *("nano", "baseline", "calibrate", "evaluate", "corpus", "reject", "augment", "grpo", "calibrate", "evaluate"),
-    *("corpus", "evaluate", "evaluate", "evaluate", "publish"),
+    *("evaluate", "evaluate", "evaluate", "publish"),
 ]
 
 
@@ -42,7 +42,7 @@ def stand_in(tmp_path: Path) -> Path:
         f'grep -q "^$1$" {tmp_path}/fail 2>/dev/null && exit 1\n'
         f'means=$(cat {tmp_path}/means 2>/dev/null || echo \'{{"f1": {{"difference": -0.01}}}}\')\n'
         'test "$1" = corpus && cp "$4" "$8"\n'
-        f'echo "{{\\"against\\": {{\\"means\\": $means}}}}" > {tmp_path}/out/rl.kept_back.json\nexit 0\n'
+        f'echo "{{\\"against\\": {{\\"means\\": $means}}}}" > {tmp_path}/out/rl.bank.json\nexit 0\n'
     )
     script.chmod(0o755)
     return script
@@ -86,7 +86,7 @@ def test_every_command_is_one_that_the_command_line_takes(
     assert (parsed[5].keep, parsed[5].balance) == ("1..3", True)
     assert parsed[7].set == (["epochs=2", "seed=3"] if environment else [])
     assert parsed[9].against == parsed[3].outcomes
-    assert parsed[12].against == parsed[11].outcomes
+    assert parsed[11].against == parsed[10].outcomes
     for step in ("R-SFT", "RL", "revision", "all"):
         assert f"== {step}: " in done.stdout
 
@@ -96,14 +96,10 @@ def test_nothing_is_learnt_fitted_or_chosen_by_a_row_that_is_measured_on(
 ) -> None:
     assert reproduce(tmp_path, data, stand_in).returncode == 0
     given = [parser().parse_args(one) for one in commands(tmp_path)]
-    dev, out = data / "dev.jsonl.gz", tmp_path / "out"
-    assert [one.against for name, one in zip(STEPS, given, strict=True) if name in ("nano", "calibrate", "corpus")] == [
-        [dev]
-    ] * 5
-    assert (given[4].output, given[10].output) == (given[5].rows, given[11].data)
-    assert given[11].data == given[12].data == out / "kept_back.jsonl"
-    kept_back = [json.loads(line)["id"] for line in given[11].data.read_text().splitlines()]
-    assert kept_back == 2 * [f"r{n}" for n in range(60) if n != 3 and held_out(f"r{n}", HELD_BACK)]
+    learning = [one for name, one in zip(STEPS, given, strict=True) if name in ("nano", "calibrate", "corpus")]
+    assert [one.against for one in learning] == [[data / "dev.jsonl.gz"]] * 4
+    assert given[4].output == given[5].rows
+    assert given[10].data == given[11].data == tmp_path / "out/nano/held_out/bank.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +117,7 @@ def test_rl_is_published_where_its_mean_f1_is_not_worse_at_about_as_few_false_po
 ) -> None:
     (tmp_path / "means").write_text(json.dumps(means))
     assert reproduce(tmp_path, data, stand_in).returncode == 0
-    *_, first, second, _, _, _, held_out, published = (parser().parse_args(one) for one in commands(tmp_path))
+    *_, first, second, _, _, held_out, published = (parser().parse_args(one) for one in commands(tmp_path))
     model = tmp_path / "out" / best / "model"
     assert first.output.parent == tmp_path / "out/rl/model"  # calibrated before it is measured
     assert held_out.data == tmp_path / "out/nano/held_out/held_out.jsonl"

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from guard_training.corpus.rows import Row
+from guard_training.corpus.rows import Row, row_to_json
 from guard_training.nano.model import Shape, image_processor
 from guard_training.nano.pictures import typographic
 from guard_training.nano.recipe import Recipe
 from guard_training.nano.render import HELD_OUT_FONTS
 from guard_training.nano.teacher import form
+from guard_training.rowfile import write_whole
 
 
 def shape(recipe: Recipe) -> Shape:
@@ -57,7 +58,8 @@ def export(
 
 
 def write_held_out(rows: Sequence[Row], folder: Path, recipe: Recipe) -> Path:
-    """A typographic test set from held-out rows in held-out fonts, as ``held_out.jsonl`` with its images beside it."""
+    """What training never saw: ``held_out.jsonl``, typographic pictures of held-out rows in held-out fonts, with its
+    images beside it, and ``bank.jsonl``, the bank's rows, harmful and harmless ones of the same words."""
     drawn = typographic(
         rows,
         count=recipe.held_out_images,
@@ -79,4 +81,7 @@ def write_held_out(rows: Sequence[Row], folder: Path, recipe: Recipe) -> Path:
                 "image": str(row.image.relative_to(folder)),
             }
             out.write(json.dumps(line) + "\n")
+    bank = [row for row in rows if row.source.startswith("bank_")]
+    lines = [json.dumps(row_to_json(row, folder), ensure_ascii=False) + "\n" for row in bank]
+    write_whole(folder / "bank.jsonl", "".join(lines).encode())
     return file
