@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from guard_middleware import config as configuration
 from guard_middleware import dialects, enforce
+from guard_middleware.commands import Ask, Begin, Call, Command, End, Forward, Judged, Respond, Rest, Send, Stop
 from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
 from guard_middleware.errors import (
     ConfigError,
@@ -36,20 +37,7 @@ from guard_middleware.errors import (
 from guard_middleware.runtime import Runtime
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.telemetry import HOLD_BACK
-from guard_middleware.transaction import (
-    Ask,
-    Begin,
-    Call,
-    Command,
-    End,
-    Forward,
-    Judged,
-    Respond,
-    Rest,
-    Send,
-    Stop,
-    Transaction,
-)
+from guard_middleware.transaction import Transaction
 from guard_middleware.wire import ModerationRequest
 
 if TYPE_CHECKING:

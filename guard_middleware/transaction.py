@@ -17,13 +17,14 @@ the rest. ``record()`` is what telemetry and the audit log say of the request.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
 from guard_middleware import enforce
-from guard_middleware.config import SourcePolicy, StreamRules
+from guard_middleware.commands import Ask, Begin, Call, Command, End, Forward, Judged, Respond, Rest, Send, Stop
+from guard_middleware.config import StreamRules
 from guard_middleware.dialects.base import (
     Answer,
     Dialect,
@@ -52,7 +53,6 @@ from guard_middleware.types import (
     Record,
     Source,
     StreamMode,
-    Verdict,
 )
 
 
@@ -62,83 +62,6 @@ class Phase(Enum):
     UPSTREAM = auto()
     OUTPUT = auto()
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One question for the guard, by the ``rules`` of its source."""
-
-    id: str
-    source: Source
-    choice: int | None
-    conversation: Conversation
-    rules: SourcePolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What came of a call, and how long it took, in seconds."""
-
-    call: Call
-    outcome: Verdict | GuardError
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask the guard this, then feed ``judged``."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Send this body to the upstream, then feed ``upstream_head``, ``upstream_data`` and ``upstream_end``."""
-
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Break off the call to the upstream; what still comes of it is ignored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Respond:
-    """Send this to the client, whole; the transaction is closed."""
-
-    reply: Reply
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Send the head of a streamed answer to the client."""
-
-    status: int
-    headers: Headers
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a piece of the body to the client; ``says`` tells that it holds text of the answer."""
-
-    data: bytes
-    says: bool = field(default=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Send these pieces of the body, each when the one before it is gone; then the body is complete."""
-
-    pieces: Iterator[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The body is complete; the transaction is closed."""
-
-
-Command = Ask | Forward | Stop | Respond | Begin | Send | Rest | End
 
 
 @dataclass(slots=True)
