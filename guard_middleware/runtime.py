@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 from guard_middleware import media
 from guard_middleware.audit import AuditLog
@@ -15,30 +14,23 @@ from guard_middleware.caches import Caches
 from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy, Weights, Worker
 from guard_middleware.dialects.base import Headers, Options
 from guard_middleware.ensemble import EnsembleGuard
-from guard_middleware.errors import GuardError, RejectKind, RequestRejected
+from guard_middleware.errors import RejectKind, RequestRejected
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
 from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.guard.workers import Workers
 from guard_middleware.policy import PolicySet
 from guard_middleware.telemetry import Telemetry
-from guard_middleware.types import Blob, Source, Verdict
+from guard_middleware.types import Blob, Source
 from guard_middleware.weights import golden
 from guard_middleware.weights.directory import WeightsDirectory
 from guard_middleware.weights.follower import Follower, Trials
 from guard_middleware.weights.seats import Compared
 from guard_middleware.weights.state import Entry
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.wire import Guard
 
 #: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
 _DECODERS = 2
-
-
-class Guard(Protocol):
-    """Whatever answers the transaction's questions."""
-
-    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        """Total, and no later than ``request.deadline`` seconds from now."""
 
 
 class Runtime:
