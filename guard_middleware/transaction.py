@@ -26,6 +26,7 @@ from guard_middleware import enforce
 from guard_middleware.commands import Ask, Begin, Call, Command, End, Forward, Judged, Respond, Rest, Send, Stop
 from guard_middleware.config import StreamRules
 from guard_middleware.decided import Decided
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import (
     Answer,
     Dialect,
@@ -327,10 +328,8 @@ class Transaction:
             raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a success that is not 200")
         if self._request is None or self._dialect is None:
             self._outcome = "allowed"
-            return self._close(self._reply(b"application/json", dumps(self._json()), Action.ALLOW))
+            return self._close(self._reply(JSON_TYPE, dumps(self._json()), Action.ALLOW))
         if self._stream is not None:
-            for event in self._stream.decoder.close():
-                self._stream.hold.feed(self._stream.parser.feed(event))
             self._answers = self._stream.parser.finish()
         else:
             self._answer = self._dialect.parse_response(self._json(), self._request, self._options)
@@ -388,7 +387,7 @@ class Transaction:
             ruling = self._decided.ruling(self._conversation, soft=self._soft)
             body = self._answer.render(ruling)
             self._remember(self._answer.answer_id)
-            return self._close(self._reply(self._answer.content_type, body, self._settle()))
+            return self._close(self._reply(JSON_TYPE, body, self._settle()))
         return self._finished(self._stream)
 
     def _finished(self, stream: _Stream) -> list[Command]:
@@ -403,7 +402,7 @@ class Transaction:
             self.phase = Phase.CLOSED
             return [*stopped, *self._begin(action), Rest(self._counted(chain((data, more), pieces)))]
         if not stream.begun:
-            return [*stopped, *self._close(self._reply(_SSE, data, action))]
+            return [*stopped, *self._close(self._reply(SSE_TYPE, data, action))]
         return [*stopped, *self._send(data), self._end()]
 
     def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -469,7 +468,7 @@ class Transaction:
         if self._stream.begun:
             return []
         self._stream.begun, self._sent_status = True, 200
-        return [Begin(200, self._head(_SSE, str(action)))]
+        return [Begin(200, self._head(SSE_TYPE, str(action)))]
 
     def _send(self, data: bytes) -> list[Command]:
         if not data:
@@ -503,7 +502,6 @@ class Transaction:
         self._stream = None
 
 
-_SSE = b"text/event-stream; charset=utf-8"
 _OUTCOMES: dict[Action, Outcome] = {
     Action.ALLOW: "allowed",
     Action.ANNOTATE: "annotated",
