@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from guard_middleware import media
 from guard_middleware.audit import AuditLog
 from guard_middleware.caches import Caches
 from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy, Weights, Worker
@@ -19,7 +18,9 @@ from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
 from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.guard.workers import Workers
+from guard_middleware.media import canonicalise
 from guard_middleware.policy import PolicySet
+from guard_middleware.references import classify, decode_data_url
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.types import Blob, Source
 from guard_middleware.weights import golden
@@ -135,10 +136,10 @@ class Runtime:
         Raises ``RequestRejected``.
         """
         limits = self.config.limits
-        sent: bytes | str = await self.fetch(uri) if media.classify(uri) == "http" else uri
+        sent: bytes | str = await self.fetch(uri) if classify(uri) == "http" else uri
 
         def decode() -> Blob:
-            return media.canonicalise(media.decode_data_url(sent, limits) if isinstance(sent, str) else sent, limits)
+            return canonicalise(decode_data_url(sent, limits) if isinstance(sent, str) else sent, limits)
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, self.caches.images.get, sent, decode)
