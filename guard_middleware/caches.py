@@ -15,7 +15,8 @@ from guard_middleware.stores import MemoryStore, RedisStore, Store, connect
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.turns import TurnBounds
 from guard_middleware.types import GuardCall, Record
-from guard_middleware.verdicts import CachedGuard, Guard
+from guard_middleware.verdicts import CachedGuard
+from guard_middleware.wire import Guard
 
 #: one kept verdict, its marks included; a longer one is judged again
 _VERDICT_BYTES = 256 * 1024

@@ -8,21 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind, RequestRejected
 from guard_middleware.limits import Limits
 from guard_middleware.media import canonicalise
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.types import Blob, Conversation, Message, Part, Source, Text, Verdict
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.wire import Guard, ModerationRequest
 
 #: the operator's own pictures: larger than what a stranger may send
 _LIMITS = Limits(image_bytes=64 * 1024 * 1024, image_pixels=100_000_000)
-
-
-class Guard(Protocol):
-    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError: ...
 
 
 def rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:

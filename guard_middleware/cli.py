@@ -15,7 +15,8 @@ from rich.console import Console
 
 from guard_middleware import __version__, cases, check, config, proxy
 from guard_middleware.errors import ConfigError, GuardError, GuardMiddlewareError
-from guard_middleware.policy import PolicySet, explain
+from guard_middleware.policy import PolicySet
+from guard_middleware.policy_explain import explain, to_dict
 from guard_middleware.weights import commands as weights
 
 _EPILOG = """examples:
@@ -174,7 +175,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     facts = {"path": arguments.path, "tenant": arguments.tenant, "peer_trusted": not arguments.untrusted_peer}
     policy = PolicySet(settings).resolve(api_key=key, **facts)
     if arguments.json:
-        print(json.dumps(policy.to_dict(), indent=2))
+        print(json.dumps(to_dict(policy), indent=2))
     else:
         print(explain(policy, settings, api_key_given=key is not None, **facts), end="")
     return 0

@@ -25,22 +25,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from guard_middleware.config import Ensemble, SourcePolicy
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.policy import PROVOKED, risk
 from guard_middleware.types import NOT_NEEDED, Label, Opinion, Source, Usage, Verdict
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.wire import Guard, ModerationRequest
 
 Outcome = Verdict | GuardError
 _N = TypeVar("_N", int, float)
-
-
-class Guard(Protocol):
-    """One member, or the ensemble itself."""
-
-    async def moderate(self, request: ModerationRequest) -> Outcome: ...
 
 
 def combine(ensemble: Ensemble, threshold: float, source: Source, said: Mapping[str, Outcome]) -> Outcome | None:
@@ -180,7 +174,7 @@ class EnsembleGuard:
         self._guards = {name: guards[name] for name in rules.ensemble.of}
 
     async def moderate(self, request: ModerationRequest) -> Outcome:
-        """See ``runtime.Guard``."""
+        """See ``wire.Guard``."""
         if not 0.0 < request.deadline < math.inf:
             return GuardError(GuardErrorKind.TIMEOUT, "no time was left to ask the guard")
         poll = _Poll(self._guards, request)

@@ -6,7 +6,7 @@ holds the address, the Host header and the TLS server name (so also certificate 
 Nothing resolves twice, so a name that changes its answer (DNS rebinding) gains nothing.
 
 Refuses:
-- URLs that ``media.parse_http`` refuses, and ports but 80 and 443;
+- URLs that ``references.parse_http`` refuses, and ports but 80 and 443;
 - hosts of which any address is not public: private, loopback, link-local, shared, multicast, reserved, and IPv6
   forms that carry such an IPv4 address (mapped, compatible, 6to4, Teredo, NAT64). A host that does not resolve is
   refused in the same words, so that answers do not map the inner network;
@@ -28,7 +28,7 @@ import httpx
 
 from guard_middleware.errors import RejectKind, RequestRejected
 from guard_middleware.limits import Limits
-from guard_middleware.media import HttpUrl, parse_http
+from guard_middleware.references import HttpUrl, parse_http
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _UNICAST = ipaddress.IPv6Network("2000::/3")

@@ -27,7 +27,7 @@ class Limits:
     image_min_side: int = 4
     image_max_side: int = 12_000
     image_max_aspect: float = 200.0
-    #: choices of one answer; more asked for is 400 ``invalid_request`` (tests/dialects/test_chat_completions.py)
+    #: choices of one answer; more asked for is 400 ``invalid_request`` (tests/dialects/test_chat_request.py)
     choices: int = 4
     #: the upstream's answer, and so the hold-back; past it 502 ``upstream_too_large`` (tests/test_middleware.py)
     answer_bytes: int = 8 * 1024 * 1024

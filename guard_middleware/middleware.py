@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
@@ -24,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from guard_middleware import config as configuration
 from guard_middleware import dialects, enforce
-from guard_middleware.dialects.base import Headers, Options, ParsedRequest, Reply
+from guard_middleware.commands import Ask, Begin, Call, Command, End, Forward, Judged, Respond, Rest, Send, Stop
+from guard_middleware.dialects.base import Headers, Options, Reply
 from guard_middleware.errors import (
     ConfigError,
     GuardMiddlewareError,
@@ -33,23 +33,11 @@ from guard_middleware.errors import (
     UpstreamError,
     UpstreamErrorKind,
 )
+from guard_middleware.reading import ClientGone, path_of, query_of, read_body, with_media
 from guard_middleware.runtime import Runtime
 from guard_middleware.strictjson import StrictJSONError, loads
 from guard_middleware.telemetry import HOLD_BACK
-from guard_middleware.transaction import (
-    Ask,
-    Begin,
-    Call,
-    Command,
-    End,
-    Forward,
-    Judged,
-    Respond,
-    Rest,
-    Send,
-    Stop,
-    Transaction,
-)
+from guard_middleware.transaction import Transaction
 from guard_middleware.wire import ModerationRequest
 
 if TYPE_CHECKING:
@@ -61,7 +49,6 @@ logger = logging.getLogger(__name__)
 _ForClient = Respond | Begin | Send | Rest | End
 #: bytes of released answer that a client has not taken yet; past it the upstream waits
 _BACKLOG = 256 * 1024
-_API_VERSION = re.compile(rb"api-version=[A-Za-z0-9._-]{1,40}")
 
 
 class GuardMiddleware:
@@ -93,7 +80,7 @@ class GuardMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: ASGISend) -> None:
         if scope["type"] == "http":
-            if scope["method"] in ("GET", "HEAD") and _path(scope) in self._unguarded:
+            if scope["method"] in ("GET", "HEAD") and path_of(scope) in self._unguarded:
                 return await self.app(scope, receive, send)
             await self.runtime.start()
             await _Exchange(self.app, self.runtime, scope, receive, send).run()
@@ -133,7 +120,7 @@ class _Exchange:
 
     def __init__(self, app: ASGIApp, runtime: Runtime, scope: Scope, receive: Receive, send: ASGISend) -> None:
         self._app, self._runtime, self._scope, self._receive, self._send = app, runtime, scope, receive, send
-        self._path = _path(scope)
+        self._path = path_of(scope)
         self._headers: Headers = tuple(scope["headers"])
         self._tx = Transaction(
             f"gd_{secrets.token_hex(12)}",
@@ -165,6 +152,8 @@ class _Exchange:
             except RequestRejected as error:
                 self._do(tx.fail(error))
             await self._serve()
+        except ClientGone:
+            tx.abort("client_disconnected")
         except asyncio.CancelledError:
             tx.abort("client_disconnected" if self._gone else "cancelled")
             if not self._gone:
@@ -311,16 +300,16 @@ class _Exchange:
         if route.dialect is None:
             self._watch()
             return self._tx.pass_through()
-        self._check_headers()
-        body = await self._read_body()
+        limits = runtime.config.limits
+        body = await read_body(self._headers, self._receive, limits)
         self._watch()
         try:
-            value = loads(body, max_depth=runtime.config.limits.json_depth)
+            value = loads(body, max_depth=limits.json_depth)
         except StrictJSONError as error:
             raise RequestRejected(RejectKind.INVALID_JSON, str(error)) from None
-        parsed = route.dialect.parse_request(value, runtime.config.limits, options)
+        parsed = route.dialect.parse_request(value, limits, options)
         if parsed.sites:
-            parsed = await self._with_media(parsed)
+            parsed = await with_media(parsed, runtime.image, limits)
         self._who = runtime.caches.scopes.of(who.tenant, self._headers)
         if parsed.continues is not None:
             parsed = parsed.with_history(await runtime.caches.history.find(self._who, parsed.continues))
@@ -331,55 +320,6 @@ class _Exchange:
         history, self._tx.history = self._tx.history, None
         if history is not None:
             await self._runtime.caches.history.remember(self._who, *history)
-
-    def _header(self, name: bytes) -> str | None:
-        """The only value of a header; a repeated one is refused, because two readers may choose differently."""
-        values = [value for key, value in self._headers if key == name]
-        if len(values) > 1:
-            raise RequestRejected(RejectKind.INVALID_REQUEST, f"the header {name.decode('latin-1')} is repeated")
-        return values[0].decode("latin-1").strip() if values else None
-
-    def _check_headers(self) -> None:
-        if (self._header(b"content-encoding") or "identity").lower() != "identity":
-            raise RequestRejected(RejectKind.UNSUPPORTED_ENCODING, "send the body without Content-Encoding")
-        kind, _, parameters = (self._header(b"content-type") or "").partition(";")
-        charset = parameters.strip().lower().removeprefix("charset=").strip('"')
-        if kind.strip().lower() != "application/json" or charset not in ("", "utf-8"):
-            raise RequestRejected(RejectKind.UNSUPPORTED_MEDIA_TYPE, "send Content-Type: application/json in UTF-8")
-
-    async def _read_body(self) -> bytes:
-        limits = self._runtime.config.limits
-        too_large = RequestRejected(RejectKind.BODY_TOO_LARGE, f"the body exceeds {limits.body_bytes} bytes")
-        declared = self._header(b"content-length") or "0"
-        if not declared.isdecimal() or int(declared[:20]) > limits.body_bytes:
-            raise too_large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(limits.body_seconds):
-                while True:
-                    message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        self._gone = True
-                        raise asyncio.CancelledError
-                    body += message.get("body", b"")
-                    if len(body) > limits.body_bytes:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            raise RequestRejected(RejectKind.BODY_TIMEOUT, "the body did not arrive in time") from None
-
-    async def _with_media(self, parsed: ParsedRequest) -> ParsedRequest:
-        limits = self._runtime.config.limits
-        if len(parsed.sites) > limits.images:
-            raise RequestRejected(RejectKind.TOO_MANY_IMAGES, f"at most {limits.images} images are accepted")
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {uri: group.create_task(self._runtime.image(uri)) for uri in parsed.media}
-        except* RequestRejected as errors:
-            raise _first(errors) from None
-        return parsed.with_media({uri: task.result() for uri, task in tasks.items()})
 
     # -- the guard --
 
@@ -400,75 +340,12 @@ class _Exchange:
     # -- the upstream --
 
     async def _forward(self, body: bytes) -> list[Command]:
-        tx, span = self._tx, self._span
-        pending = [{"type": "http.request", "body": body, "more_body": False}]
-        complete = False
-        broken: UpstreamError | None = None
-        loop, work = asyncio.get_running_loop(), asyncio.current_task()
-        leaving: asyncio.Handle | None = None
-
-        def leave() -> None:
-            """The application has answered and goes on, with background tasks: the answer does not wait for them."""
-            assert work is not None
-            self._tasks.discard(work)
-            self._after = work
-            span.upstream_ended(None)
-            self._start(self._answered)
-
-        async def receive() -> Message:
-            if pending:
-                return pending.pop()
-            await loop.create_future()  # no disconnect but our own cancellation
-            raise AssertionError
-
-        async def send(message: Message) -> None:
-            nonlocal complete, broken, leaving
-            if broken is not None or self._after is not None:
-                return  # a host's error handler that still wants to answer
-            try:
-                if message["type"] == "http.response.start":
-                    tx.upstream_head(message["status"], tuple(message.get("headers", ())))
-                elif message["type"] == "http.response.body":
-                    self._first_byte = self._first_byte or time.perf_counter()
-                    self._do(tx.upstream_data(message.get("body", b"")))
-                    complete = not message.get("more_body", False)
-                    if complete:
-                        leaving = loop.call_soon(leave)
-                    await self._may_read.wait()
-            except UpstreamError as error:
-                broken = error
-                raise
-
         headers = enforce.strip_request_headers(self._runtime.public_headers(self._headers))
         if body:
             headers = (*headers, (b"content-type", b"application/json"), _length(body))
-        span.upstream_started(tx.model, remote=self._runtime.remote)
-        scope = {**self._scope, "headers": list(span.inject(headers)), "query_string": _query(self._scope)}
-        try:
-            await self._app(scope, receive, send)
-            if broken is None and not complete:
-                broken = UpstreamError(UpstreamErrorKind.RESET, "the answer ended early")
-        except UpstreamError as error:
-            broken = broken or error
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
-                raise
-            if broken is None:
-                logger.exception("request %s: the wrapped application failed", tx.id)
-                broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
-        finally:
-            if leaving is not None:
-                leaving.cancel()
-            if self._after is None:
-                span.upstream_ended(None if broken is None else broken.kind.value)
-        if self._after is not None:
-            return []
-        if broken is not None:
-            raise broken
-        return tx.upstream_end()
-
-    async def _answered(self) -> None:
-        self._do(self._tx.upstream_end())
+        self._span.upstream_started(self._tx.model, remote=self._runtime.remote)
+        scope = {**self._scope, "headers": list(self._span.inject(headers)), "query_string": query_of(self._scope)}
+        return await _UpstreamCall(self, body).run(scope)
 
     # -- the client --
 
@@ -497,31 +374,83 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": reply.body})
 
 
+class _UpstreamCall:
+    """One call to the wrapped application, in the task that makes it: what it reads, what it says, how that ended."""
+
+    def __init__(self, exchange: _Exchange, body: bytes) -> None:
+        self._exchange, self._tx, self._span = exchange, exchange._tx, exchange._span
+        self._pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._complete = False
+        self._broken: UpstreamError | None = None
+        self._task = asyncio.current_task()
+        self._leaving: asyncio.Handle | None = None
+
+    async def run(self, scope: Scope) -> list[Command]:
+        """What the transaction commands at the answer's end; raises ``UpstreamError``."""
+        try:
+            await self._exchange._app(scope, self._receive, self._send)
+            if self._broken is None and not self._complete:
+                self._broken = UpstreamError(UpstreamErrorKind.RESET, "the answer ended early")
+        except UpstreamError as error:
+            self._broken = self._broken or error
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
+            if self._broken is None:
+                logger.exception("request %s: the wrapped application failed", self._tx.id)
+                self._broken = UpstreamError(UpstreamErrorKind.RESET, "the application failed")
+        finally:
+            if self._leaving is not None:
+                self._leaving.cancel()
+            if self._exchange._after is None:
+                self._span.upstream_ended(None if self._broken is None else self._broken.kind.value)
+        if self._exchange._after is not None:
+            return []
+        if self._broken is not None:
+            raise self._broken
+        return self._tx.upstream_end()
+
+    async def _receive(self) -> Message:
+        if self._pending:
+            return self._pending.pop()
+        await asyncio.get_running_loop().create_future()  # no disconnect but our own cancellation
+        raise AssertionError
+
+    async def _send(self, message: Message) -> None:
+        exchange = self._exchange
+        if self._broken is not None or exchange._after is not None:
+            return  # a host's error handler that still wants to answer
+        try:
+            if message["type"] == "http.response.start":
+                self._tx.upstream_head(message["status"], tuple(message.get("headers", ())))
+            elif message["type"] == "http.response.body":
+                exchange._first_byte = exchange._first_byte or time.perf_counter()
+                exchange._do(self._tx.upstream_data(message.get("body", b"")))
+                self._complete = not message.get("more_body", False)
+                if self._complete:
+                    self._leaving = asyncio.get_running_loop().call_soon(self._leave)
+                await exchange._may_read.wait()
+        except UpstreamError as error:
+            self._broken = error
+            raise
+
+    def _leave(self) -> None:
+        """The application has answered and goes on, with background tasks: the answer does not wait for them."""
+        assert self._task is not None
+        self._exchange._tasks.discard(self._task)
+        self._exchange._after = self._task
+        self._span.upstream_ended(None)
+        self._exchange._start(self._answered)
+
+    async def _answered(self) -> None:
+        self._exchange._do(self._tx.upstream_end())
+
+
 def _is_cancelled() -> bool:
     """Whether a ``CancelledError`` is meant for this task: else it awaited what somebody else cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
-def _path(scope: Scope) -> bytes:
-    """The path as it came, below where the host has mounted us: Starlette takes the same off before it routes."""
-    path: bytes = scope.get("raw_path") or scope["path"].encode()
-    root: bytes = scope.get("root_path", "").encode()
-    return path.removeprefix(root) if path.startswith(root + b"/") else path
-
-
 def _length(body: bytes) -> tuple[bytes, bytes]:
     return b"content-length", str(len(body)).encode("ascii")
-
-
-def _query(scope: Scope) -> bytes:
-    """Of the query only one plain ``api-version``, which Azure's SDKs send: nothing else may steer an upstream."""
-    pairs = scope.get("query_string", b"").split(b"&")
-    return next((pair for pair in pairs if _API_VERSION.fullmatch(pair)), b"")
-
-
-def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -7,38 +7,31 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
-from guard_middleware import media
 from guard_middleware.audit import AuditLog
 from guard_middleware.caches import Caches
 from guard_middleware.config import DEFAULT_GUARD, Config, SourcePolicy, Weights, Worker
 from guard_middleware.dialects.base import Headers, Options
 from guard_middleware.ensemble import EnsembleGuard
-from guard_middleware.errors import GuardError, RejectKind, RequestRejected
+from guard_middleware.errors import RejectKind, RequestRejected
 from guard_middleware.evidence import ContentDigest, Redactor
 from guard_middleware.fetch import Fetcher
 from guard_middleware.guard.supervisor import WorkerProcess, worker_command
 from guard_middleware.guard.workers import Workers
+from guard_middleware.media import canonicalise
 from guard_middleware.policy import PolicySet
+from guard_middleware.references import classify, decode_data_url
 from guard_middleware.telemetry import Telemetry
-from guard_middleware.types import Blob, Source, Verdict
+from guard_middleware.types import Blob, Source
 from guard_middleware.weights import golden
 from guard_middleware.weights.directory import WeightsDirectory
 from guard_middleware.weights.follower import Follower, Trials
 from guard_middleware.weights.seats import Compared
 from guard_middleware.weights.state import Entry
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.wire import Guard
 
 #: images decoded at once: the worst allowed one costs about 1 s of a core and 320 MB while it lasts
 _DECODERS = 2
-
-
-class Guard(Protocol):
-    """Whatever answers the transaction's questions."""
-
-    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        """Total, and no later than ``request.deadline`` seconds from now."""
 
 
 class Runtime:
@@ -143,10 +136,10 @@ class Runtime:
         Raises ``RequestRejected``.
         """
         limits = self.config.limits
-        sent: bytes | str = await self.fetch(uri) if media.classify(uri) == "http" else uri
+        sent: bytes | str = await self.fetch(uri) if classify(uri) == "http" else uri
 
         def decode() -> Blob:
-            return media.canonicalise(media.decode_data_url(sent, limits) if isinstance(sent, str) else sent, limits)
+            return canonicalise(decode_data_url(sent, limits) if isinstance(sent, str) else sent, limits)
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, self.caches.images.get, sent, decode)

@@ -38,7 +38,10 @@ class Event:
 
 
 class Decoder:
-    """Bytes in, events out. Holds at most one unfinished event, of at most ``max_event_bytes`` bytes."""
+    """Bytes in, events out. Holds at most one unfinished event, of at most ``max_event_bytes`` bytes.
+
+    An event that the stream's end finds without its blank line never comes out, as the standard says.
+    """
 
     def __init__(self, *, max_event_bytes: int = 1024 * 1024) -> None:
         self._max = max_event_bytes
@@ -46,30 +49,20 @@ class Decoder:
         self._at_start = True
         self._after_cr = False
         self._broken = False
-        self._closed = False
         self._size = 0
         self._event = ""
         self._data: list[str] = []
         self._id = ""
-        #: after ``close``: True when the stream ended inside an event, which was dropped as the standard says
-        self.incomplete = False
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that ``chunk`` completes; raises ``SSEError``, and then none of that chunk's events count."""
-        if self._broken or self._closed:
-            raise SSEError("the event stream has ended")
+        if self._broken:
+            raise SSEError("the event stream is broken")
         try:
             return self._feed(chunk)
         except SSEError:
             self._broken = True
             raise
-
-    def close(self) -> list[Event]:
-        """The stream has ended. Always empty: an event without its blank line is dropped (see ``incomplete``)."""
-        unfinished_line = self._line and not self._line.startswith(b":")
-        self.incomplete = self._broken or bool(unfinished_line or self._data or self._event)
-        self._closed = True
-        return []
 
     def _feed(self, chunk: bytes) -> list[Event]:
         events: list[Event] = []

@@ -17,27 +17,28 @@ the rest. ``record()`` is what telemetry and the audit log say of the request.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from itertools import chain
 from typing import Any
 
 from guard_middleware import enforce
-from guard_middleware.config import SourcePolicy, StreamRules
+from guard_middleware.commands import Ask, Begin, Call, Command, End, Forward, Judged, Respond, Rest, Send, Stop
+from guard_middleware.config import StreamRules
+from guard_middleware.decided import Decided
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import (
     Answer,
     Dialect,
     Headers,
-    Notice,
     Options,
     ParsedAnswer,
     ParsedRequest,
     PublicError,
     Reply,
-    Ruling,
     StreamParser,
 )
-from guard_middleware.errors import GuardError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
+from guard_middleware.errors import RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.holdback import HoldBack, Window
 from guard_middleware.limits import Limits
 from guard_middleware.policy import EffectivePolicy, decide
@@ -52,7 +53,6 @@ from guard_middleware.types import (
     Record,
     Source,
     StreamMode,
-    Verdict,
 )
 
 
@@ -62,83 +62,6 @@ class Phase(Enum):
     UPSTREAM = auto()
     OUTPUT = auto()
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One question for the guard, by the ``rules`` of its source."""
-
-    id: str
-    source: Source
-    choice: int | None
-    conversation: Conversation
-    rules: SourcePolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What came of a call, and how long it took, in seconds."""
-
-    call: Call
-    outcome: Verdict | GuardError
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask the guard this, then feed ``judged``."""
-
-    call: Call
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Send this body to the upstream, then feed ``upstream_head``, ``upstream_data`` and ``upstream_end``."""
-
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Break off the call to the upstream; what still comes of it is ignored."""
-
-
-@dataclass(frozen=True, slots=True)
-class Respond:
-    """Send this to the client, whole; the transaction is closed."""
-
-    reply: Reply
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Send the head of a streamed answer to the client."""
-
-    status: int
-    headers: Headers
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a piece of the body to the client; ``says`` tells that it holds text of the answer."""
-
-    data: bytes
-    says: bool = field(default=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Rest:
-    """Send these pieces of the body, each when the one before it is gone; then the body is complete."""
-
-    pieces: Iterator[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The body is complete; the transaction is closed."""
-
-
-Command = Ask | Forward | Stop | Respond | Begin | Send | Rest | End
 
 
 @dataclass(slots=True)
@@ -166,8 +89,7 @@ class Transaction:
         self._policy: EffectivePolicy | None = None
         self._request: ParsedRequest | None = None
         self._open: dict[str, Window | None] = {}
-        self._calls: tuple[GuardCall, ...] = ()
-        self._last: dict[int, GuardCall] = {}
+        self._decided = Decided(id)
         self._status = 0
         self._upstream_headers: Headers = ()
         self._upstream_open = False
@@ -178,11 +100,9 @@ class Transaction:
         self._answers: tuple[Answer, ...] = ()
         self._outcome: Outcome = "aborted"
         self._error: str | None = None
-        self._retry_after: float | None = None
         self._sent_status = 0
         self._mode: StreamMode | None = None
         self._leaked = self._shown = 0
-        self._whole: set[int] = set()
         self._upstream_failed: UpstreamError | None = None
 
     # -- what the carrier learns about the request before it can parse it --
@@ -219,13 +139,7 @@ class Transaction:
             raise RuntimeError(f"{result.call.id} was not asked")
         window = self._open.pop(result.call.id)
         decision = decide(self._effective, result.call.source, result.outcome, decision_id=result.call.id)
-        outcome = result.outcome
-        call = GuardCall(
-            result.call.source, result.call.choice, decision, result.seconds, outcome.opinions, outcome.revision
-        )
-        self._calls += (call,)
-        if isinstance(result.outcome, GuardError) and result.outcome.retry_after:
-            self._retry_after = max(self._retry_after or 0.0, result.outcome.retry_after)
+        call = self._decided.add(result, decision)
         if self.phase is Phase.CLOSED:
             return []
         if call.choice is None:
@@ -322,7 +236,7 @@ class Transaction:
     @property
     def calls(self) -> tuple[GuardCall, ...]:
         """Every question to the guard so far, with its decision."""
-        return self._calls
+        return self._decided.calls
 
     @property
     def model(self) -> str | None:
@@ -345,8 +259,7 @@ class Transaction:
             status=self._sent_status,
             error=self._error,
             upstream_called=self.upstream_called,
-            # Verdicts come in any order; the record has the input first and the choices in theirs.
-            calls=tuple(sorted(self._calls, key=lambda call: -1 if call.choice is None else call.choice)),
+            calls=self._decided.by_choice,
             held_bytes=self._held,
             released_bytes=self._released,
             conversation=request.conversation if request else None,
@@ -415,18 +328,17 @@ class Transaction:
             raise UpstreamError(UpstreamErrorKind.UNSUPPORTED, "a success that is not 200")
         if self._request is None or self._dialect is None:
             self._outcome = "allowed"
-            return self._close(self._reply(b"application/json", dumps(self._json()), Action.ALLOW))
+            return self._close(self._reply(JSON_TYPE, dumps(self._json()), Action.ALLOW))
         if self._stream is not None:
-            for event in self._stream.decoder.close():
-                self._stream.hold.feed(self._stream.parser.feed(event))
             self._answers = self._stream.parser.finish()
         else:
             self._answer = self._dialect.parse_response(self._json(), self._request, self._options)
             self._answers = self._answer.answers
         self._move(Phase.UPSTREAM, Phase.OUTPUT)
-        asked: list[Command] = []
-        if self._effective.output.moderate:
-            asked = [self._ask_whole(answer) for answer in self._answers if self._due(answer)]
+        if not self._effective.output.moderate:
+            self._decided.leave_unread(answer.index for answer in self._answers if answer.message.parts)
+            return self._go_on()
+        asked = [self._ask_whole(answer) for answer in self._answers if self._due(answer)]
         return [*asked, *self._go_on()]
 
     def _due(self, answer: Answer) -> bool:
@@ -438,22 +350,15 @@ class Transaction:
 
     def _ask_whole(self, answer: Answer) -> Ask:
         assert self._request is not None
-        self._whole.add(answer.index)
-        self._last.pop(answer.index, None)
+        self._decided.expect_whole(answer.index)
         return self._ask("output", answer.index, replace(self._request.conversation, answer=answer.message))
 
     def _output_judged(self, choice: int, call: GuardCall, window: Window | None) -> None:
-        """Keeps the verdict that counts for a choice: a block for good, else the one on the whole, in any order."""
-        last = self._last.get(choice)
-        if last is not None and last.decision.action is Action.BLOCK:
+        """A block cuts its choice at once; any other verdict on a window lets that window's text leave."""
+        if not self._decided.keep(choice, call, whole=window is None) or self._stream is None:
             return
-        blocked = call.decision.action is Action.BLOCK
-        if blocked or window is None or choice not in self._whole:
-            self._last[choice] = call
-        if self._stream is None:
-            return
-        if blocked:
-            self._stream.hold.cut(choice, self._notices()[choice], self._soft)
+        if call.decision.action is Action.BLOCK:
+            self._stream.hold.cut(choice, self._decided.notices(self._conversation)[choice], self._soft)
         elif window is not None:
             self._stream.hold.cleared(window)
 
@@ -479,15 +384,15 @@ class Transaction:
     def _output_decided(self) -> list[Command]:
         if self._stream is None:
             assert self._answer is not None
-            ruling = self._ruling()
+            ruling = self._decided.ruling(self._conversation, soft=self._soft)
             body = self._answer.render(ruling)
             self._remember(self._answer.answer_id)
-            return self._close(self._reply(self._answer.content_type, body, self._settle()))
+            return self._close(self._reply(JSON_TYPE, body, self._settle()))
         return self._finished(self._stream)
 
     def _finished(self, stream: _Stream) -> list[Command]:
         """The end of a stream: every choice has its last verdict, or was cut."""
-        ruling = self._ruling()
+        ruling = self._decided.ruling(self._conversation, soft=self._soft)
         self._remember(stream.parser.answer_id)
         action = self._settle()
         stopped = self._stopped()
@@ -497,7 +402,7 @@ class Transaction:
             self.phase = Phase.CLOSED
             return [*stopped, *self._begin(action), Rest(self._counted(chain((data, more), pieces)))]
         if not stream.begun:
-            return [*stopped, *self._close(self._reply(_SSE, data, action))]
+            return [*stopped, *self._close(self._reply(SSE_TYPE, data, action))]
         return [*stopped, *self._send(data), self._end()]
 
     def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -507,13 +412,12 @@ class Transaction:
         self._drop()
 
     def _settle(self) -> Action:
-        action = enforce.worst(call.decision.action for call in self._calls)
-        self._outcome = _OUTCOMES[action]
-        return action
+        self._outcome = _OUTCOMES[self._decided.action]
+        return self._decided.action
 
     def _remember(self, answer_id: str | None) -> None:
         """Keeps what a later request may continue: only an answer that was released."""
-        if answer_id and self._request and all(n.action is not Action.BLOCK for n in self._notices().values()):
+        if answer_id and self._request and not self._decided.any_choice_blocked:
             answer = self._answers[0].message if self._answers else None
             self.history = (answer_id, replace(self._request.conversation, answer=answer))
 
@@ -521,27 +425,13 @@ class Transaction:
     def _soft(self) -> bool:
         return self._effective.block_style == "soft"
 
-    def _notices(self) -> dict[int, Notice]:
-        """What is to be said of each choice, by its last verdict."""
-        conversation = self._request.conversation if self._request else Conversation(())
-        notices = {choice: enforce.notice(call.decision, conversation) for choice, call in self._last.items()}
-        for answer in self._answers:  # the operator left the output unguarded: released, and recorded as such
-            if answer.message.parts and answer.index not in notices and not self._effective.output.moderate:
-                notices[answer.index] = enforce.not_moderated(f"{self.id}.output.{answer.index}", "output")
-        return notices
-
-    def _ruling(self) -> Ruling:
-        conversation = self._request.conversation if self._request else Conversation(())
-        asked = next((call for call in self._calls if call.source == "input"), None)
-        return Ruling(
-            request=None if asked is None else enforce.notice(asked.decision, conversation),
-            choices=self._notices(),
-            soft=self._soft,
-        )
+    @property
+    def _conversation(self) -> Conversation:
+        return self._request.conversation if self._request else Conversation(())
 
     def _guard_failed(self, call: GuardCall) -> list[Command]:
         self._outcome, self._error = "guard_error", call.decision.error
-        return self._broken(enforce.guard_unavailable(call.decision, self._retry_after))
+        return self._broken(enforce.guard_unavailable(call.decision, self._decided.retry_after))
 
     def _upstream_refused(self) -> list[Command]:
         """The upstream's own error: its status and codes pass, its words do not."""
@@ -578,7 +468,7 @@ class Transaction:
         if self._stream.begun:
             return []
         self._stream.begun, self._sent_status = True, 200
-        return [Begin(200, self._head(_SSE, str(action)))]
+        return [Begin(200, self._head(SSE_TYPE, str(action)))]
 
     def _send(self, data: bytes) -> list[Command]:
         if not data:
@@ -612,7 +502,6 @@ class Transaction:
         self._stream = None
 
 
-_SSE = b"text/event-stream; charset=utf-8"
 _OUTCOMES: dict[Action, Outcome] = {
     Action.ALLOW: "allowed",
     Action.ANNOTATE: "annotated",

@@ -27,7 +27,7 @@ import json
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.evidence import canonical, conversation_value, message_value
@@ -35,14 +35,13 @@ from guard_middleware.stores import Store
 from guard_middleware.turns import Past, TurnBounds, View, view
 from guard_middleware.types import (
     Conversation,
-    Judging,
     Message,
     Reasoning,
     Record,
     Usage,
     Verdict,
 )
-from guard_middleware.wire import ModerationRequest, WireError, decode_answer, encode_answer
+from guard_middleware.wire import Guard, ModerationRequest, WireError, decode_answer, encode_answer, judging_value
 
 Event: TypeAlias = Literal["hit", "miss", "coalesced"]
 
@@ -52,12 +51,6 @@ REVISION_SECONDS = 10.0
 _SLACK = 0.1
 #: fields of a question that do not change what the verdict would be
 _NOT_CONTENT = {"id", "conversation", "deadline", "traceparent"}
-
-
-class Guard(Protocol):
-    """What is asked when nothing is known."""
-
-    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError: ...
 
 
 class CachedGuard:
@@ -86,7 +79,7 @@ class CachedGuard:
         self._chores: set[asyncio.Task[None]] = set()
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        """See ``runtime.Guard``."""
+        """See ``wire.Guard``."""
         if not 0.0 < request.deadline < math.inf:
             return GuardError(GuardErrorKind.TIMEOUT, "no time was left to ask the guard")
         end = asyncio.get_running_loop().time() + request.deadline
@@ -120,7 +113,7 @@ class CachedGuard:
             verdicts = [call.decision.verdict for call in record.calls if call.choice == choice]
             if not verdicts or any(v is None or not self._clean_answer(v, weights) for v in verdicts):
                 continue
-            how = canonical(_judging(next(v.judging for v in verdicts if v)))
+            how = canonical(judging_value(next(v.judging for v in verdicts if v)))
             for said in (answer, _without_reasoning(answer)):
                 marks[_key("answered", weights.revision, how, _next(digests[-1], said))] = b"1"
         if marks:
@@ -305,7 +298,7 @@ class _Content:
     def __init__(self, request: ModerationRequest, bounds: TurnBounds) -> None:
         conversation = request.conversation
         how = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in _NOT_CONTENT}
-        how["judging"] = _judging(request.judging)
+        how["judging"] = judging_value(request.judging)
         self.judging = canonical(how["judging"])
         self.mode = hashlib.sha256(canonical({**how, "bounds": [bounds.characters, bounds.images]})).digest()
         self.messages = conversation.messages
@@ -321,10 +314,6 @@ def _key(domain: str, *parts: str | bytes) -> bytes:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
-
-
-def _judging(judging: Judging) -> list[str | float]:
-    return [judging.mode, judging.low, judging.high]
 
 
 def _chain(conversation: Conversation) -> list[bytes]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from guard_middleware.errors import GuardError, GuardErrorKind, GuardMiddlewareError
 from guard_middleware.types import (
@@ -58,6 +58,13 @@ class ModerationRequest:
     judging: Judging = REASON
 
 
+class Guard(Protocol):
+    """Whatever answers questions: a worker, several of them, what is remembered of either."""
+
+    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
+        """Total, and no later than ``request.deadline`` seconds from now."""
+
+
 def encode_request(request: ModerationRequest) -> bytes:
     """The frame of a request; raises ``WireError`` for media that was not made canonical."""
     blobs: list[bytes] = []
@@ -68,7 +75,7 @@ def encode_request(request: ModerationRequest) -> bytes:
         "deadline": request.deadline,
         "reader": request.reader,
         "traceparent": request.traceparent,
-        "judging": _judging(request.judging),
+        "judging": judging_value(request.judging),
         "messages": [_message(message, blobs) for message in conversation.messages],
         "definitions": [[d.kind, d.text] for d in conversation.definitions],
         "answer": None if conversation.answer is None else _message(conversation.answer, blobs),
@@ -121,7 +128,8 @@ def _str(value: Any) -> str:
     return value
 
 
-def _judging(judging: Judging) -> list[Any]:
+def judging_value(judging: Judging) -> list[str | float]:
+    """A way of judging as JSON: on the wire, and in what a verdict is kept under."""
     return [judging.mode, judging.low, judging.high]
 
 
@@ -196,7 +204,7 @@ def encode_answer(id: str, outcome: Verdict | GuardError) -> bytes:
                 "categories": outcome.categories,
                 "drawn_text": outcome.drawn_text,
                 "timings": outcome.timings,
-                "judging": _judging(outcome.judging),
+                "judging": judging_value(outcome.judging),
                 "thought": outcome.thought,
             }
         }

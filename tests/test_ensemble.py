@@ -23,7 +23,8 @@ from guard_middleware.caches import Caches
 from guard_middleware.config import Config, Ensemble, SourcePolicy, parse
 from guard_middleware.ensemble import EnsembleGuard, combine
 from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
-from guard_middleware.policy import PolicySet, decide, explain, risk
+from guard_middleware.policy import PolicySet, decide, risk
+from guard_middleware.policy_explain import explain
 from guard_middleware.telemetry import Telemetry
 from guard_middleware.types import NOT_NEEDED, Action, Conversation, Opinion, Source, Usage, Verdict
 from guard_middleware.wire import ModerationRequest

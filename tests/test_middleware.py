@@ -278,6 +278,24 @@ def test_a_client_that_leaves_cancels_the_guard_and_is_recorded(host: Callable[.
     assert (h.records()[0]["outcome"], h.records()[0]["error"]) == ("aborted", "client_disconnected")
 
 
+def test_a_client_that_leaves_before_its_body_is_whole_is_recorded_and_answered_nothing(
+    host: Callable[..., Host],
+) -> None:
+    h = host()
+
+    async def run() -> list[Any]:
+        gone = asyncio.Event()
+        gone.set()
+        request, sent = asgi(h, b"", gone=gone, chunks=0)
+        await request  # returns: to the host it is a request that is over, no cancellation
+        await h.runtime.aclose()
+        return sent
+
+    assert asyncio.run(run()) == []
+    assert [(record["outcome"], record["error"]) for record in h.records()] == [("aborted", "client_disconnected")]
+    assert not h.guard.asked
+
+
 def test_a_body_that_never_ends_is_a_408(host: Callable[..., Host]) -> None:
     h = host(yaml="limits: {body_seconds: 100ms}")
 

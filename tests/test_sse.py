@@ -20,7 +20,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r")
 
 def decode(*chunks: bytes, limit: int = 1000) -> list[Event]:
     decoder = Decoder(max_event_bytes=limit)
-    return [*(event for chunk in chunks for event in decoder.feed(chunk)), *decoder.close()]
+    return [event for chunk in chunks for event in decoder.feed(chunk)]
 
 
 @pytest.mark.parametrize(
@@ -55,26 +55,10 @@ def test_streams_are_read_as_the_standard_says(stream: bytes, events: list[Event
     assert decode(*(stream[i : i + 1] for i in range(len(stream)))) == events
 
 
-@pytest.mark.parametrize(
-    ("stream", "incomplete"),
-    [
-        (b"data: a\n\n", False),
-        (b"data: a\n\n: bye", False),
-        (b"", False),
-        (b"data: a\n", True),
-        (b"data: a", True),
-        (b"data: a\n\ndata: b\n", True),
-        (b"event: x\n", True),
-        (b"data: a\n\nda", True),
-        (b"data: \xc3", True),
-        (b"\xef\xbb", True),
-    ],
-)
-def test_an_unfinished_event_is_dropped_and_reported(stream: bytes, incomplete: bool) -> None:
-    decoder = Decoder()
-    assert len(decoder.feed(stream)) == stream.count(b"\n\n")
-    assert decoder.close() == []
-    assert decoder.incomplete is incomplete
+@pytest.mark.parametrize("rest", [b"data: b\n", b"data: b", b"event: x\n", b"da", b"data: \xc3", b": bye"])
+def test_an_event_without_its_blank_line_never_comes_out(rest: bytes) -> None:
+    assert decode(b"data: a\n\n" + rest) == [Event("", "a")]
+    assert decode(rest) == decode(b"\xef\xbb") == []
 
 
 def test_a_cr_dispatches_without_waiting_for_the_next_chunk() -> None:
@@ -92,15 +76,6 @@ def test_invalid_utf8_is_refused_and_the_decoder_stays_broken(stream: bytes) -> 
         decoder.feed(stream)
     with pytest.raises(SSEError):
         decoder.feed(b"data: fine\n\n")
-    assert decoder.close() == []
-    assert decoder.incomplete
-
-
-def test_a_closed_decoder_takes_nothing_more() -> None:
-    decoder = Decoder()
-    decoder.close()
-    with pytest.raises(SSEError):
-        decoder.feed(b"data: a\n\n")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +135,8 @@ def test_how_a_stream_is_cut_never_changes_its_events(stream: bytes, cuts: list[
     assert outcome([stream]) == outcome([stream[a:b] for a, b in pairwise(edges)])
 
 
-def outcome(chunks: list[bytes]) -> tuple[list[Event], bool] | str:
-    decoder, events = Decoder(max_event_bytes=60), []
+def outcome(chunks: list[bytes]) -> list[Event] | str:
     try:
-        for chunk in chunks:
-            events += decoder.feed(chunk)
+        return decode(*chunks, limit=60)
     except SSEError as error:
         return str(error)
-    decoder.close()
-    return events, decoder.incomplete

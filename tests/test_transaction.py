@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from guard_middleware.commands import Ask, Begin, Call, End, Forward, Judged, Respond, Send, Stop
 from guard_middleware.config import Config, OutputPolicy, Policy, SourcePolicy, StreamRules
 from guard_middleware.dialects import CHAT_COMPLETIONS
 from guard_middleware.dialects.base import Options
 from guard_middleware.errors import GuardError, RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.limits import Limits
 from guard_middleware.policy import PolicySet
-from guard_middleware.transaction import Ask, Begin, Call, End, Forward, Judged, Phase, Respond, Send, Stop, Transaction
+from guard_middleware.transaction import Phase, Transaction
 from guard_middleware.types import Judging, Usage, Verdict
 
 JSON = ((b"content-type", b"application/json"),)

@@ -10,6 +10,7 @@ from guard_middleware.dialects.fields import Admitted, FieldError, Table, admit,
 from guard_middleware.errors import RejectKind, UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, StrictJSONError, loads
 
+JSON_TYPE: Final = b"application/json"
 SSE_TYPE: Final = b"text/event-stream; charset=utf-8"
 DONE: Final = "[DONE]"
 _UNSUPPORTED = frozenset({RejectKind.UNSUPPORTED_FIELD, RejectKind.UNSUPPORTED_CONTENT})

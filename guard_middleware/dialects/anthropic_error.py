@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Final
 
 from guard_middleware import sse
+from guard_middleware.dialects.answer_shared import JSON_TYPE
 from guard_middleware.dialects.base import PublicError, Reply
 from guard_middleware.strictjson import JSONValue, dumps
 
-JSON_TYPE = b"application/json"
 _REQUEST_ID = b"request-id"
 _THREAD_NOT_FOUND = "thread_not_found"
 _BY_STATUS: Final = {

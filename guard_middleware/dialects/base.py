@@ -174,10 +174,6 @@ class ParsedAnswer(Protocol):
     def answers(self) -> tuple[Answer, ...]:
         """The choices in order of their index; each is judged on its own."""
 
-    @property
-    def content_type(self) -> bytes:
-        """``application/json``."""
-
     def render(self, ruling: Ruling) -> bytes:
         """The body to release. Needs a notice for every choice."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from guard_middleware import sse
-from guard_middleware.dialects.answer_shared import DONE, SSE_TYPE
+from guard_middleware.dialects.answer_shared import DONE, JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import (
     Notice,
     Options,
@@ -14,7 +14,7 @@ from guard_middleware.dialects.base import (
 from guard_middleware.dialects.chat_request import parse_request
 from guard_middleware.dialects.chat_response import ParsedCompletion, parse_response
 from guard_middleware.dialects.chat_stream import ChatStreamParser
-from guard_middleware.dialects.openai_error import JSON_TYPE, openai_error
+from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.limits import Limits
 from guard_middleware.strictjson import JSONValue, dumps
 

@@ -54,7 +54,7 @@ from guard_middleware.dialects.request_shared import (
 )
 from guard_middleware.errors import RejectKind
 from guard_middleware.limits import Limits
-from guard_middleware.media import to_data_url
+from guard_middleware.references import to_data_url
 from guard_middleware.strictjson import JSONValue
 from guard_middleware.types import (
     Conversation,

@@ -18,7 +18,7 @@ from guard_middleware.dialects.answer_shared import read_envelope, read_index, u
 from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_fields import CALL, CHOICE, COMPLETION, MESSAGE, TOOL_CALLS
 from guard_middleware.dialects.chat_moderation import explain
-from guard_middleware.dialects.chat_shared import read_annotations, read_named
+from guard_middleware.dialects.chat_shared import MOST_CALLS, read_annotations, read_named
 from guard_middleware.dialects.fields import (
     FieldError,
     admit,
@@ -30,11 +30,8 @@ from guard_middleware.dialects.fields import (
     invalid,
     unsupported_content,
 )
-from guard_middleware.dialects.openai_error import JSON_TYPE
 from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Reasoning, Text, ToolCall
-
-_CALLS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +43,6 @@ class ParsedCompletion:
     answers: tuple[Answer, ...]
 
     answer_id = None  # a Chat Completions answer cannot be continued by its id
-
-    @property
-    def content_type(self) -> bytes:
-        return JSON_TYPE
 
     def render(self, ruling: Ruling) -> bytes:
         said = {answer.index: answer for answer in self.answers}
@@ -140,7 +133,7 @@ def _message(value: JSONValue, path: str, options: Options) -> tuple[dict[str, J
 def _tool_calls(value: JSONValue, path: str, options: Options) -> tuple[list[JSONValue], list[Part]]:
     kept: list[JSONValue] = []
     parts: list[Part] = []
-    for number, item in enumerate(as_list(value, path, _CALLS)):
+    for number, item in enumerate(as_list(value, path, MOST_CALLS)):
         where = f"{path}[{number}]"
         source = as_object(item, where)
         kind = as_word(source.get("type", "function"), f"{where}.type")

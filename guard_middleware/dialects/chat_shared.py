@@ -10,6 +10,8 @@ from guard_middleware.dialects.fields import Table, admit, as_list, as_object, i
 from guard_middleware.strictjson import JSONValue
 from guard_middleware.types import Part, Text
 
+#: tool calls of one message
+MOST_CALLS = 128
 _ANNOTATIONS = 1024
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from guard_middleware.dialects.base import Frame, Notice, Said
 from guard_middleware.dialects.chat_fields import CALL, CHUNK, CHUNK_CHOICE, DELTA, TOOL_CALLS
 from guard_middleware.dialects.chat_response import blocked, check_role, spoken
-from guard_middleware.dialects.chat_shared import arguments_text, read_annotations
+from guard_middleware.dialects.chat_shared import MOST_CALLS, arguments_text, read_annotations
 from guard_middleware.dialects.chunk_stream import Choice, ChunkStreamParser, Piece, gather
 from guard_middleware.dialects.fields import (
     admit,
@@ -30,8 +30,6 @@ from guard_middleware.dialects.fields import (
 )
 from guard_middleware.strictjson import JSONValue
 from guard_middleware.types import Part, ToolCall
-
-_CALLS = 128
 
 
 @dataclass(slots=True)
@@ -131,11 +129,11 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
 
     def _tool_calls(self, state: _Choice, value: JSONValue, path: str) -> list[JSONValue]:
         kept: list[JSONValue] = []
-        for number, item in enumerate(as_list(value, path, _CALLS)):
+        for number, item in enumerate(as_list(value, path, MOST_CALLS)):
             where = f"{path}[{number}]"
             source = as_object(item, where)
             index = source.get("index")
-            if type(index) is not int or not 0 <= index < _CALLS:
+            if type(index) is not int or not 0 <= index < MOST_CALLS:
                 raise invalid(f"{where}.index", "must be the index of a tool call")
             kind = source.get("type") or ("custom" if "custom" in source else "function")
             if not isinstance(kind, str) or kind not in TOOL_CALLS:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from guard_middleware import sse
-from guard_middleware.dialects.answer_shared import DONE, SSE_TYPE
+from guard_middleware.dialects.answer_shared import DONE, JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import Notice, Options, ParsedRequest, PublicError, Reply
 from guard_middleware.dialects.completions_request import parse_request
 from guard_middleware.dialects.completions_response import ParsedText, blocked, parse_response
 from guard_middleware.dialects.completions_stream import TextStreamParser
-from guard_middleware.dialects.openai_error import JSON_TYPE, openai_error
+from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.limits import Limits
 from guard_middleware.strictjson import JSONValue, dumps
 

@@ -27,7 +27,7 @@ from guard_middleware.dialects.fields import (
 )
 from guard_middleware.dialects.request_shared import bounded, read_bias, read_stops, rejecting
 from guard_middleware.limits import Limits
-from guard_middleware.media import to_data_url
+from guard_middleware.references import to_data_url
 from guard_middleware.strictjson import JSONValue
 from guard_middleware.types import Conversation, Definition, Message, Text
 

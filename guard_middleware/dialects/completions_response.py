@@ -14,7 +14,6 @@ from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Rulin
 from guard_middleware.dialects.chat_moderation import explain
 from guard_middleware.dialects.completions_fields import CHOICE, COMPLETION
 from guard_middleware.dialects.fields import FieldError, admit, as_list, as_object, as_word, in_order, invalid
-from guard_middleware.dialects.openai_error import JSON_TYPE
 from guard_middleware.strictjson import JSONValue, dumps
 from guard_middleware.types import Message, Part, Reasoning, Text
 
@@ -28,10 +27,6 @@ class ParsedText:
     answers: tuple[Answer, ...]
 
     answer_id = None  # nothing continues a text completion by its id
-
-    @property
-    def content_type(self) -> bytes:
-        return JSON_TYPE
 
     def render(self, ruling: Ruling) -> bytes:
         said = {answer.index: answer for answer in self.answers}

@@ -6,8 +6,8 @@ the upstream. Its answer holds numbers and nothing to judge.
 
 from __future__ import annotations
 
-from guard_middleware.dialects.answer_shared import SSE_TYPE
-from guard_middleware.dialects.anthropic_error import JSON_TYPE, anthropic_error
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
+from guard_middleware.dialects.anthropic_error import anthropic_error
 from guard_middleware.dialects.base import Notice, Options, ParsedAnswer, ParsedRequest, PublicError, Reply
 from guard_middleware.dialects.messages_request import parse_request
 from guard_middleware.dialects.messages_response import parse_count, parse_response, refusal

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guard_middleware.dialects.answer_shared import upstream_error
-from guard_middleware.dialects.anthropic_error import JSON_TYPE
 from guard_middleware.dialects.base import Answer, Notice, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_moderation import explain
 from guard_middleware.dialects.fields import (
@@ -42,10 +41,6 @@ class ParsedMessage:
     answers: tuple[Answer, ...]
     answer_id: str | None
 
-    @property
-    def content_type(self) -> bytes:
-        return JSON_TYPE
-
     def render(self, ruling: Ruling) -> bytes:
         (answer,) = self.answers
         body = self.body
@@ -64,10 +59,6 @@ class ParsedCount:
 
     answers: tuple[Answer, ...] = ()
     answer_id = None
-
-    @property
-    def content_type(self) -> bytes:
-        return JSON_TYPE
 
     def render(self, ruling: Ruling) -> bytes:
         return dumps({**self.body, **explained(ruling)})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from guard_middleware.dialects.answer_shared import JSON_TYPE
 from guard_middleware.dialects.base import PublicError, Reply
 from guard_middleware.strictjson import JSONValue, dumps
-
-JSON_TYPE = b"application/json"
 
 
 def openai_error(error: PublicError, prompt_param: str | None = None) -> Reply:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from guard_middleware import sse
-from guard_middleware.dialects.answer_shared import SSE_TYPE
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import Notice, Options, ParsedRequest, PublicError, Reply
-from guard_middleware.dialects.openai_error import JSON_TYPE, openai_error
+from guard_middleware.dialects.openai_error import openai_error
 from guard_middleware.dialects.responses_request import parse_request
 from guard_middleware.dialects.responses_response import (
     ECHOED,

@@ -52,7 +52,7 @@ from guard_middleware.dialects.responses_fields import (
 from guard_middleware.dialects.responses_items import full_name, open_part, read_call, text_part
 from guard_middleware.errors import RejectKind
 from guard_middleware.limits import Limits
-from guard_middleware.media import to_data_url
+from guard_middleware.references import to_data_url
 from guard_middleware.strictjson import JSONValue
 from guard_middleware.types import (
     Conversation,

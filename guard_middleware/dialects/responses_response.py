@@ -28,7 +28,6 @@ from guard_middleware.dialects.fields import (
     in_order,
     unsupported_content,
 )
-from guard_middleware.dialects.openai_error import JSON_TYPE
 from guard_middleware.dialects.responses_fields import OUTPUT_ITEMS, RESPONSE, SAID
 from guard_middleware.dialects.responses_items import TextPart, open_part, read_call, text_part
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
@@ -83,10 +82,6 @@ class ParsedResponse:
     def answer_id(self) -> str | None:
         id = self.body.get("id")
         return id if isinstance(id, str) else None
-
-    @property
-    def content_type(self) -> bytes:
-        return JSON_TYPE
 
     def render(self, ruling: Ruling) -> bytes:
         (answer,) = self.answers

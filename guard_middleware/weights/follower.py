@@ -98,7 +98,7 @@ class Follower:
         self._warm_until = self._counted = 0.0
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        """See ``runtime.Guard``."""
+        """See ``wire.Guard``."""
         return await self.switch.moderate(request)
 
     async def start(self) -> None:

@@ -14,14 +14,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from guard_middleware import cases
 from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.policy import risk
 from guard_middleware.types import REASON, Judging, Source, Verdict
 from guard_middleware.weights.state import Golden
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.wire import Guard, ModerationRequest
 
 #: mild cases that ship with the gateway and that nano keeps
 BUNDLED = Path(__file__).with_name("golden.jsonl")
@@ -29,10 +29,6 @@ BUNDLED = Path(__file__).with_name("golden.jsonl")
 _CONCURRENCY = 2
 #: for one case; a guard that takes longer has not kept it
 _SECONDS = 60.0
-
-
-class Guard(Protocol):
-    async def moderate(self, request: ModerationRequest) -> Verdict | GuardError: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,7 @@ class Switch:
         self._copy: asyncio.Task[None] | None = None
 
     async def moderate(self, request: ModerationRequest) -> Verdict | GuardError:
-        """See ``runtime.Guard``."""
+        """See ``wire.Guard``."""
         loop = asyncio.get_running_loop()
         end, seat = loop.time() + request.deadline, self.active
         if seat is None:

@@ -45,8 +45,8 @@ from guard_middleware.types import (
     Text,
     Verdict,
 )
-from guard_middleware.verdicts import CachedGuard, Guard
-from guard_middleware.wire import ModerationRequest
+from guard_middleware.verdicts import CachedGuard
+from guard_middleware.wire import Guard, ModerationRequest
 
 TURNS, SHOWN = 20, (1, 2, 3, 5, 10, 15, 20)
 TARGET = 1.2

@@ -37,13 +37,14 @@ from rich.console import Console
 from rich.table import Table
 
 from guard_middleware import config
+from guard_middleware.commands import Ask, Judged, Respond, Send
 from guard_middleware.dialects import CHAT_COMPLETIONS
 from guard_middleware.dialects.base import Options
 from guard_middleware.limits import Limits
 from guard_middleware.middleware import GuardMiddleware
 from guard_middleware.policy import PolicySet
 from guard_middleware.runtime import Runtime
-from guard_middleware.transaction import Ask, Judged, Respond, Send, Transaction
+from guard_middleware.transaction import Transaction
 from tests.support import records
 from tests.support.flow import ENDING, Client, Speaker, chat, opening, says
 from tests.support.gateway import Gateway, Seen, Upstream, chunked, event, scripted_worker, stream_head

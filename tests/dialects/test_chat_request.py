@@ -16,7 +16,7 @@ from guard_middleware.dialects.chat_request import parse_request
 from guard_middleware.dialects.fields import Rule
 from guard_middleware.errors import RejectKind, RequestRejected
 from guard_middleware.limits import Limits
-from guard_middleware.media import to_data_url
+from guard_middleware.references import to_data_url
 from guard_middleware.types import (
     Blob,
     Conversation,

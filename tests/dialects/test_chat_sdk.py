@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from guard_middleware import enforce
 from guard_middleware.dialects import CHAT_COMPLETIONS
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import Notice, Options, ParsedRequest, Reply, Ruling
 from guard_middleware.errors import RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.limits import Limits
@@ -109,7 +110,8 @@ def answering(what: Ruling, *texts: str) -> Gateway:
             bodies += [{**envelope, "choices": [], "usage": USAGE}] if request.include_usage else []
             data = [*(dumps(body).decode() for body in bodies), "[DONE]"]
             parsed = finished(stream, (Event("", text) for text in data))
-        return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
+        kind = SSE_TYPE if request.stream else JSON_TYPE
+        return Reply(200, ((b"content-type", kind),), parsed.render(what))
 
     return Gateway(reply)
 

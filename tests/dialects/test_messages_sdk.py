@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from guard_middleware import enforce
 from guard_middleware.dialects import MESSAGES, route
+from guard_middleware.dialects.answer_shared import JSON_TYPE
 from guard_middleware.dialects.base import Notice, Options, ParsedRequest, Reply, Ruling
 from guard_middleware.errors import RejectKind, RequestRejected, UpstreamError, UpstreamErrorKind
 from guard_middleware.history import History
@@ -147,7 +148,7 @@ def answering(what: Ruling, *turns: Events) -> Gateway:
             body = finished(MESSAGES.stream_parser(request, Options()), as_events(events)).render(what)
             return Reply(200, STREAM_TYPE, body)
         parsed = MESSAGES.parse_response(whole(events), request, Options())
-        return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
+        return Reply(200, ((b"content-type", JSON_TYPE),), parsed.render(what))
 
     return Gateway(reply)
 

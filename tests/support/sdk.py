@@ -10,6 +10,7 @@ import httpx
 import openai
 
 from guard_middleware import enforce
+from guard_middleware.dialects.answer_shared import JSON_TYPE, SSE_TYPE
 from guard_middleware.dialects.base import Dialect, Notice, Options, ParsedRequest, PublicError, Reply, Ruling
 from guard_middleware.limits import Limits
 from guard_middleware.sse import Decoder
@@ -73,7 +74,8 @@ def answering(
             parsed = finished(dialect.stream_parser(request, Options()), Decoder().feed(stream(request)))
         else:
             parsed = dialect.parse_response(whole(request), request, Options())
-        return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
+        kind = SSE_TYPE if request.stream else JSON_TYPE
+        return Reply(200, ((b"content-type", kind),), parsed.render(what))
 
     return Gateway(dialect, reply)
 

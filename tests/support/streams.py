@@ -16,7 +16,6 @@ class Finished:
     parser: StreamParser
     frames: tuple[Frame, ...]
     answers: tuple[Answer, ...]
-    content_type = b"text/event-stream; charset=utf-8"
 
     def render(self, ruling: Ruling) -> bytes:
         hold = HoldBack(self.parser, StreamRules())
