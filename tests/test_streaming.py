@@ -239,7 +239,7 @@ def test_a_client_that_leaves_in_mid_stream_cancels_the_guard_and_the_upstream(t
 
 
 def _rest(name: str, shape: Shape) -> Callable[[Seen, asyncio.StreamReader, asyncio.StreamWriter], Any]:
-    """Says the words, then the secret, which no window holds, and then what its name says."""
+    """Says the words, then the secret, too short for a window, and then what its name says."""
     said = "".join(WORDS[:10]) + SECRET
     after: dict[str, bytes] = {
         "malformed": chunked(b"data: {\n\n", end=False),
@@ -312,8 +312,10 @@ def test_an_upstream_that_breaks_in_mid_stream_is_said_and_what_is_held_is_dropp
     host.run(client, meanwhile=close)
     assert client.status == 200
     assert shape.text(client.data)
-    assert "".join(WORDS[:10]).startswith(shape.text(client.data))
-    assert SECRET.strip().encode() not in client.data
+    assert ("".join(WORDS[:10]) + SECRET).startswith(shape.text(client.data))
+    # on a slow machine the last words come together, and a window may hold the secret: then it was read
+    read = "".join(str(request.conversation.answer) for request in host.guard.of("output"))
+    assert (SECRET.strip().encode() in client.data) <= (SECRET.strip() in read)
     assert shape.code(events(client.data)[-1]) == BREAKS[name]
     assert client.data.endswith(shape.after_error)
     assert shape.last not in client.data
