@@ -93,7 +93,7 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
             if said or whole:
                 raise invalid(f"{where}.delta", "has content after its finish_reason")
             return
-        finish_reason = outer.kept.get("finish_reason")
+        finish_reason = outer.kept.get("finish_reason") or None  # some servers write "" until the end
         if finish_reason is not None:
             state.finish_reason = as_word(finish_reason, f"{where}.finish_reason")
         if finish_reason is None or said or whole:
@@ -141,9 +141,11 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
             if not isinstance(kind, str) or kind not in TOOL_CALLS:
                 raise unsupported_content(f"{where}.type", "this type of tool call cannot be moderated")
             call = state.calls.setdefault(index, _Call(kind=kind))
-            if source.get("type") not in (None, call.kind):
+            if (source.get("type") or call.kind) != call.kind:
                 raise invalid(f"{where}.type", "changes in the middle of a call")
             admitted = admit(TOOL_CALLS[call.kind], source, where, self._options)
+            if admitted.kept.get("type") == "":
+                del admitted.kept["type"]  # clients take the last type that they are told
             gather(state.extras, admitted.extras)
             if source.get("id") is not None:
                 admitted.kept["id"] = source["id"]

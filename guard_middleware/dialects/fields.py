@@ -219,6 +219,9 @@ def _unknown(
 
 
 def _constrained(rule: Rule, item: JSONValue, where: str) -> JSONValue:
+    # Many servers write "" where they have nothing to say, and clients send back the items that they got.
+    if item == "" and rule in (Rule.WORD, Rule.IDENTIFIER):
+        return item
     match rule:
         case Rule.SCALAR:
             if not is_scalar(item):

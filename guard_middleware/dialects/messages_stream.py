@@ -115,7 +115,7 @@ class MessagesStreamParser:
         if not self._done:
             raise UpstreamError(UpstreamErrorKind.RESET, "the stream ended without message_stop")
         stop_reason = self._ending.get("stop_reason")
-        if not isinstance(stop_reason, str) or self._open:
+        if not isinstance(stop_reason, str) or not stop_reason or self._open:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "the stream ended without a stop_reason, or in a block")
         parts = [part for block in self._blocks for part in block.parts()]
         return (Answer(0, Message("assistant", (*parts, *self._extras)), stop_reason),)
