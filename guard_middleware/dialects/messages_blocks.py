@@ -117,7 +117,7 @@ class BlockReader:
             case "tool_result":
                 parts = self._tool_result(source, kept, where, path)
             case "tool_use" | "server_tool_use":
-                parts = [self._call(source, kept, where)]
+                parts = self._call(source, kept, where)
             case _ if "tool_use_id" in table:
                 kept["tool_use_id"] = self.id(source.get("tool_use_id"), f"{where}.tool_use_id")
                 kept["content"], texts = self._result(source.get("content"), f"{where}.content")
@@ -151,16 +151,18 @@ class BlockReader:
     def _admit(self, table: Table, source: JSONValue, where: str) -> Admitted:
         return admit(table, source, where, self.options, printed=self.printed)
 
-    def _call(self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str) -> ToolCall:
+    def _call(self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str) -> list[Part]:
         kept["id"] = id = self.id(source.get("id"), f"{where}.id")
         kept["input"] = arguments = as_object(source.get("input") or {}, f"{where}.input")
+        parts: list[Part] = [ToolCall(id, as_str(source.get("name"), f"{where}.name"), json_text(arguments))]
         if source.get("caller") is not None:
             caller = as_object(source["caller"], f"{where}.caller")
-            by = self._admit(CALLER, caller, f"{where}.caller").kept
+            by = self._admit(CALLER, caller, f"{where}.caller")
             if "tool_id" in caller:
-                by["tool_id"] = self.id(caller["tool_id"], f"{where}.caller.tool_id")
-            kept["caller"] = by
-        return ToolCall(id, as_str(source.get("name"), f"{where}.name"), json_text(arguments))
+                by.kept["tool_id"] = self.id(caller["tool_id"], f"{where}.caller.tool_id")
+            kept["caller"] = by.kept
+            parts += [Text(text) for text in by.extras.values()]
+        return parts
 
     def _tool_result(
         self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str, path: Path
