@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from guard_middleware.dialects.answer_shared import unread_id
 from guard_middleware.dialects.base import Frame, Notice, Said
 from guard_middleware.dialects.chat_fields import CALL, CHUNK, CHUNK_CHOICE, DELTA, TOOL_CALLS
 from guard_middleware.dialects.chat_response import blocked, check_role, spoken
@@ -36,16 +37,17 @@ _CALLS = 128
 
 @dataclass(slots=True)
 class _Call:
-    id: str = ""
+    ids: list[str] = field(default_factory=list)
     kind: str = "function"
     name: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
 
-    def part(self) -> ToolCall:
-        arguments = "".join(self.arguments)
-        return ToolCall(
-            self.id, "".join(self.name), arguments_text(arguments) if self.kind == "function" else arguments
-        )
+    def parts(self) -> list[Part]:
+        name, arguments = "".join(self.name), "".join(self.arguments)
+        said = arguments_text(arguments) if self.kind == "function" else arguments
+        # Most servers say the id once, some in every piece; clients join what differs.
+        id = "".join(self.ids if len(set(self.ids)) > 1 else self.ids[:1])
+        return [ToolCall(id, name, said), *unread_id(id, name)]
 
 
 @dataclass(slots=True)
@@ -68,8 +70,9 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
     def _said(self, choice: _Choice) -> list[Part]:
         parts = spoken({name: "".join(pieces) for name, pieces in choice.texts.items()})
         parts += choice.citations
-        parts += [call.part() for _, call in sorted(choice.calls.items())]
-        return parts if choice.function_call is None else [*parts, choice.function_call.part()]
+        calls = [call for _, call in sorted(choice.calls.items())]
+        calls += [choice.function_call] if choice.function_call else []
+        return [*parts, *(part for call in calls for part in call.parts())]
 
     def _blocked(self, index: int, notice: Notice, soft: bool) -> dict[str, JSONValue]:
         delta, finish_reason = blocked(notice.message, soft)
@@ -150,7 +153,7 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
             if source.get("id") is not None:
                 admitted.kept["id"] = source["id"]
                 if source["id"] != "":
-                    call.id = as_identifier(source["id"], f"{where}.id")
+                    call.ids.append(as_identifier(source["id"], f"{where}.id"))
             if source.get(call.kind) is not None:
                 admitted.kept[call.kind] = self._call(state, call, source[call.kind], f"{where}.{call.kind}")
             kept.append(in_order(source, admitted.kept))
