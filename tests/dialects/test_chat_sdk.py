@@ -343,6 +343,12 @@ def test_a_stream_of_azure_is_an_ordinary_one() -> None:
     assert [(chunk.id, chunk.choices[0].finish_reason) for chunk in chunks] == [("chatcmpl-A1", "content_filter")]
 
 
+def test_a_block_by_azures_asynchronous_filter_reaches_the_helper() -> None:
+    ended = AZURE[-2].replace('"finish_reason":null', '"finish_reason":"content_filter"')
+    with pytest.raises(ContentFilterFinishReasonError):
+        CALLS["stream helper"](streaming(ruling(Action.ALLOW), (*AZURE[:3], ended, "[DONE]")).client())
+
+
 def test_empty_strings_of_a_stream_do_not_break_the_helper() -> None:
     done = CALLS["stream helper"](streaming(ruling(Action.ALLOW), EMPTIES).client())
     (call,) = done.choices[0].message.tool_calls

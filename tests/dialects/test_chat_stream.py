@@ -232,6 +232,14 @@ def test_the_chunks_that_we_add_are_named_as_the_answer_even_behind_a_nameless_f
     ] * 2
 
 
+def test_a_nameless_chunk_is_released_under_the_names_of_its_answer() -> None:
+    """Azure's asynchronous filter ends an answer so."""
+    choice = {"index": 0, "finish_reason": "content_filter", "content_filter_results": {"x": MARK}}
+    parsed = read(HELLO[1], {"id": "", "object": "", "created": 0, "model": "", "choices": [choice]})
+    assert parsed.answers[0].finish_reason == "content_filter"
+    assert frames(parsed, ruling(Action.ALLOW)) == [HELLO[1], chunk(say(finish="content_filter"))]
+
+
 def test_a_stream_that_never_gives_its_id_keeps_its_other_names() -> None:
     parsed = read(*({**item, "id": ""} for item in HELLO))
     (out,) = frames(parsed, ruling(Action.BLOCK))

@@ -34,7 +34,7 @@ Generated from `guard_middleware/dialects/{module}.py`; a test compares the tabl
 installed {sdk} SDK, and this page with the tables. A field that stands in no table passes as a number, a boolean
 or null, and is refused otherwise, unless `dialects.{dialect}.extra_fields` names it. Inside a request's
 tools and messages the guard reads the names and values of such fields, because chat templates may print them.
-An empty string passes wherever a short word or an opaque string does; a `type` or `role` must be one that is known.
+An empty string passes wherever a short word or an opaque string does; in a request `type` and `role` say something.
 """
 
 
