@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from guard_middleware.errors import RejectKind, RequestRejected
+from guard_middleware.policy import CREDENTIALS
 from guard_middleware.stores import Store
 from guard_middleware.types import Blob, Conversation, Message, Part
 from guard_middleware.wire import ModerationRequest, WireError, decode_request, encode_request
@@ -98,8 +99,7 @@ class Scopes:
     nothing share one scope. ``key`` makes the words the same in every process that has it.
     """
 
-    #: what clients of the APIs that are spoken here carry their keys in
-    HEADERS = (b"authorization", b"api-key", b"x-api-key", b"openai-organization", b"openai-project")
+    HEADERS = (*CREDENTIALS, b"openai-organization", b"openai-project")
 
     def __init__(self, key: bytes | None = None) -> None:
         self._key = key or secrets.token_bytes(32)

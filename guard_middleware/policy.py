@@ -23,6 +23,9 @@ from guard_middleware.types import Action, Basis, Decision, Source, Verdict
 #: errors that content causes, and so whoever writes it can cause at will
 PROVOKED = (GuardErrorKind.TOO_LONG, GuardErrorKind.MEDIA)
 
+#: what clients of the APIs that are spoken here carry their keys in; an upstream may take any of them
+CREDENTIALS = (b"authorization", b"api-key", b"x-api-key")
+
 Rule = Literal["tenant", "api_key", "route", "default"]
 
 
@@ -50,7 +53,7 @@ class EffectivePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who asks, as far as policy cares. ``api_key`` is the raw bearer token: hash it, keep it nowhere."""
+    """Who asks, as far as policy cares. ``api_key`` is the raw key: hash it, keep it nowhere."""
 
     tenant: str | None = None
     api_key: str | None = field(default=None, repr=False)
@@ -88,18 +91,23 @@ class PolicySet:
 
         ``client`` must be the transport's peer: with uvicorn's ``proxy_headers`` it is whatever a client wrote
         into X-Forwarded-For, so serve with ``proxy_headers=False``. Raises ``RequestRejected`` where a header
-        that decides is given twice, because the upstream might read the other one.
+        that decides is given twice, or where keys choose policies and there are two of them: the upstream might
+        read the other one.
         """
         tenants = [value for name, value in headers if name == (self._header or "").encode()]
-        keys = [value for name, value in headers if name == b"authorization"]
-        for name, values in ((self._header, tenants), ("authorization", keys)):
+        authorizations = [value for name, value in headers if name == b"authorization"]
+        for name, values in ((self._header, tenants), ("authorization", authorizations)):
             if len(values) > 1:
                 raise RequestRejected(RejectKind.INVALID_REQUEST, f"the header {name} is given more than once")
-        scheme, _, token = keys[0].partition(b" ") if keys else (b"", b"", b"")
+        given = {_credential(name, value) for name, value in headers if name in CREDENTIALS} - _NOTHING
+        if self._keys and len(given) > 1:
+            names = ", ".join(name.decode() for name in CREDENTIALS)
+            raise RequestRejected(RejectKind.INVALID_REQUEST, f"the headers {names} hold more than one key: give one")
+        keys = [key for is_key, key in given if is_key]
         trusted = self.trusts(client, server)
         return Identity(
             tenant=tenants[0].decode("utf-8", "replace").strip() or None if tenants and trusted else None,
-            api_key=token.strip().decode("utf-8", "surrogateescape") or None if scheme.lower() == b"bearer" else None,
+            api_key=keys[0].decode("utf-8", "surrogateescape") if len(keys) == 1 else None,
             peer_trusted=trusted,
         )
 
@@ -141,6 +149,17 @@ class PolicySet:
 
     def _chosen(self, name: str, rule: Rule, reason: str, tenant: str | None) -> EffectivePolicy:
         return replace(self._effective[name], rule=rule, reason=reason, tenant=tenant)
+
+
+_NOTHING = {(True, b""), (False, b"")}
+
+
+def _credential(name: bytes, value: bytes) -> tuple[bool, bytes]:
+    """(whether it is a key, the key itself); ``Authorization`` has other schemes too."""
+    scheme, _, token = value.strip().partition(b" ")
+    if name != b"authorization":
+        return True, value.strip()
+    return (True, token.strip()) if scheme.lower() == b"bearer" else (False, value.strip())
 
 
 def digest(policy: Policy) -> str:

@@ -135,18 +135,54 @@ def test_a_unix_socket_is_trusted_only_where_the_file_says_so() -> None:
         ([(b"authorization", b"Basic sk-a")], None, None),
         ([(b"authorization", b"sk-a")], None, None),
         ([(b"authorization", b"Bearer ")], None, None),
-        ([(b"x-api-key", b"sk-a")], None, None),
+        ([(b"x-api-key", b"sk-a")], None, "sk-a"),
+        ([(b"api-key", b" sk-a ")], None, "sk-a"),
+        ([(b"x-api-key", b"")], None, None),
+        ([(b"x-api-key", b"sk-a"), (b"authorization", b"Bearer sk-a"), (b"api-key", b"sk-a")], None, "sk-a"),
+        ([(b"x-api-key", b"sk-a"), (b"authorization", b"")], None, "sk-a"),
+        ([(b"x-api-key", b"sk-a"), (b"authorization", b"Bearer ")], None, "sk-a"),
+        ([(b"x-goog-api-key", b"sk-a"), (b"api_key", b"sk-a")], None, None),
         ([(b"x-tenant", b" acme ")], "acme", None),
         ([(b"x-tenant", b"")], None, None),
         ([(b"x-tenant", b"a\xff")], "a\ufffd", None),
         ([(b"x-other", b"acme"), (b"x-guard-policy", b"loose")], None, None),
     ],
 )
-def test_who_asks_is_read_from_two_headers_and_no_other(
+def test_who_asks_is_read_from_the_tenants_header_and_those_of_keys_and_no_other(
     headers: list[tuple[bytes, bytes]], tenant: str | None, api_key: str | None
 ) -> None:
     identity = POLICIES.identify(headers, client=("127.0.0.1", 5), server=TCP)
     assert (identity.tenant, identity.api_key) == (tenant, api_key)
+
+
+TWO_KEYS = [
+    [(b"x-api-key", b"sk-a"), (b"authorization", b"Bearer sk-b")],
+    [(b"x-api-key", b"sk-a"), (b"api-key", b"sk-b")],
+    [(b"api-key", b"sk-a"), (b"api-key", b"sk-b")],
+    [(b"x-api-key", b"sk-a"), (b"authorization", b"Basic sk-a")],
+    [(b"x-api-key", b"sk-a"), (b"authorization", b"sk-a")],
+]
+
+
+@pytest.mark.parametrize("headers", TWO_KEYS)
+def test_a_request_with_two_keys_is_refused_where_keys_choose_policies(headers: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(RequestRejected, match="more than one key") as caught:
+        POLICIES.identify(headers, client=("127.0.0.1", 5), server=TCP)
+    assert caught.value.status == 400
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("headers", TWO_KEYS)
+def test_two_keys_are_nobodys_matter_where_no_rule_names_one(headers: list[tuple[bytes, bytes]]) -> None:
+    PolicySet(parse("{}")).identify(headers, client=("127.0.0.1", 5), server=TCP)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(b"authorization", f"Bearer {KEY}"), (b"x-api-key", KEY), (b"api-key", KEY)]
+)
+def test_a_keys_policy_applies_in_whatever_header_its_client_sends_it(name: bytes, value: str) -> None:
+    identity = POLICIES.identify([(name, value.encode())], client=("192.0.2.1", 5), server=TCP)
+    assert POLICIES.resolve(path=CHAT, api_key=identity.api_key).name == "watch"
 
 
 @pytest.mark.parametrize("name", [b"x-tenant", b"authorization"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from guard_middleware import sse
@@ -9,10 +10,18 @@ from guard_middleware.dialects.base import Options
 from guard_middleware.dialects.fields import Admitted, FieldError, Table, admit, as_object, invalid
 from guard_middleware.errors import RejectKind, UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, StrictJSONError, loads
+from guard_middleware.types import Text
 
 JSON_TYPE: Final = b"application/json"
 SSE_TYPE: Final = b"text/event-stream; charset=utf-8"
 DONE: Final = "[DONE]"
+#: how servers and their libraries begin the ids of calls
+_BEGINS = (
+    "call|tool|tooluse|tool-call|function-call|functions|chatcmpl-tool|toolu|toolu_bdrk|toolu_vrtx|srvtoolu|fc|ctc|cu"
+)
+#: what comes after that: a counter, a UUID, or letters and digits, which are random only if there are digits among them
+_RANDOM = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[A-Za-z0-9]{0,4}|(?=[A-Za-z]{0,23}[0-9])[A-Za-z0-9]{5,64}"
+_MACHINE_MADE = re.compile(rf"(({_BEGINS})[_.:-]?)?([0-9]{{1,3}}[_-])?[._]?({_RANDOM})(:[0-9]{{1,4}})?")
 _UNSUPPORTED = frozenset({RejectKind.UNSUPPORTED_FIELD, RejectKind.UNSUPPORTED_CONTENT})
 
 
@@ -27,6 +36,15 @@ def read_envelope(table: Table, source: dict[str, JSONValue], options: Options) 
     if source.get("error") is not None:
         raise UpstreamError(UpstreamErrorKind.RESET, "the upstream reported an error inside its answer")
     return admit(table, source, "", options)
+
+
+def unread_id(id: str, name: str = "") -> list[Text]:
+    """What the guard reads of a call's id: nothing where a machine made it, perhaps from the call's own ``name``.
+
+    Some servers take ids from what the model wrote.
+    """
+    made = _MACHINE_MADE.fullmatch(id) or (name and _MACHINE_MADE.fullmatch(id.replace(name, "", 1)))
+    return [] if made else [Text(id)]
 
 
 def read_index(choice: dict[str, JSONValue], where: str, choices: int) -> int:

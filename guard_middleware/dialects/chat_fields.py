@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from guard_middleware.dialects.fields import Rule, Table
+from guard_middleware.dialects.fields import RESIZING, Rule, Table
 
 REQUEST: Final[Table] = {
     "messages": Rule.NESTED,
@@ -67,10 +67,8 @@ REQUEST: Final[Table] = {
     "truncate": Rule.OFF,
     "truncate_prompt_tokens": Rule.REFUSED,
     "web_search": Rule.OFF,
+    **RESIZING,
 }
-
-#: vendors' ways to have the upstream see an image at another size than the guard
-_RESIZING: Final[Table] = dict.fromkeys(("max_pixels", "min_pixels", "resized_height", "resized_width"), Rule.REFUSED)
 
 #: content parts by ``type``; None refuses the whole part
 PARTS: Final[dict[str, Table | None]] = {
@@ -89,12 +87,12 @@ PARTS: Final[dict[str, Table | None]] = {
         # vendors
         "cache_control": Rule.WORDS,
         "uuid": Rule.REFUSED,  # vLLM answers it with an image cached from an earlier request
-        **_RESIZING,
+        **RESIZING,
     },
     "input_audio": None,
     "file": None,
 }
-IMAGE_URL: Final[Table] = {"url": Rule.NESTED, "detail": Rule.WORD, **_RESIZING}
+IMAGE_URL: Final[Table] = {"url": Rule.NESTED, "detail": Rule.WORD, **RESIZING}
 
 _PLAIN: Final[Table] = {"role": Rule.WORD, "content": Rule.NESTED, "name": Rule.TEXT}
 #: messages by ``role``

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from guard_middleware.dialects.answer_shared import read_envelope, read_index, upstream_error
+from guard_middleware.dialects.answer_shared import read_envelope, read_index, unread_id, upstream_error
 from guard_middleware.dialects.base import Answer, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_fields import CALL, CHOICE, COMPLETION, MESSAGE, TOOL_CALLS
 from guard_middleware.dialects.chat_moderation import explain
@@ -141,8 +141,9 @@ def _tool_calls(value: JSONValue, path: str, options: Options) -> tuple[list[JSO
         if table is None:
             raise unsupported_content(f"{where}.type", "this type of tool call cannot be moderated")
         admitted = admit(table, source, where, options)
-        id = as_identifier(source.get("id"), f"{where}.id")
+        id = "" if source.get("id") == "" else as_identifier(source.get("id"), f"{where}.id")
         inner, name, arguments, extra = read_named(CALL[kind], source.get(kind), f"{where}.{kind}", options)
         kept.append(in_order(source, admitted.kept | {"id": id, kind: inner}))
-        parts += [ToolCall(id, name, arguments), *extra, *(Text(text) for text in admitted.extras.values())]
+        parts += [ToolCall(id, name, arguments), *unread_id(id, name), *extra]
+        parts += [Text(text) for text in admitted.extras.values()]
     return kept, parts

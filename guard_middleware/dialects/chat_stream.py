@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from guard_middleware.dialects.answer_shared import unread_id
 from guard_middleware.dialects.base import Frame, Notice, Said
 from guard_middleware.dialects.chat_fields import CALL, CHUNK, CHUNK_CHOICE, DELTA, TOOL_CALLS
 from guard_middleware.dialects.chat_response import blocked, check_role, spoken
@@ -34,16 +35,17 @@ from guard_middleware.types import Part, ToolCall
 
 @dataclass(slots=True)
 class _Call:
-    id: str = ""
+    ids: list[str] = field(default_factory=list)
     kind: str = "function"
     name: list[str] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
 
-    def part(self) -> ToolCall:
-        arguments = "".join(self.arguments)
-        return ToolCall(
-            self.id, "".join(self.name), arguments_text(arguments) if self.kind == "function" else arguments
-        )
+    def parts(self) -> list[Part]:
+        name, arguments = "".join(self.name), "".join(self.arguments)
+        said = arguments_text(arguments) if self.kind == "function" else arguments
+        # Most servers say the id once, some in every piece; clients join what differs.
+        id = "".join(self.ids if len(set(self.ids)) > 1 else self.ids[:1])
+        return [ToolCall(id, name, said), *unread_id(id, name)]
 
 
 @dataclass(slots=True)
@@ -66,8 +68,9 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
     def _said(self, choice: _Choice) -> list[Part]:
         parts = spoken({name: "".join(pieces) for name, pieces in choice.texts.items()})
         parts += choice.citations
-        parts += [call.part() for _, call in sorted(choice.calls.items())]
-        return parts if choice.function_call is None else [*parts, choice.function_call.part()]
+        calls = [call for _, call in sorted(choice.calls.items())]
+        calls += [choice.function_call] if choice.function_call else []
+        return [*parts, *(part for call in calls for part in call.parts())]
 
     def _blocked(self, index: int, notice: Notice, soft: bool) -> dict[str, JSONValue]:
         delta, finish_reason = blocked(notice.message, soft)
@@ -91,7 +94,7 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
             if said or whole:
                 raise invalid(f"{where}.delta", "has content after its finish_reason")
             return
-        finish_reason = outer.kept.get("finish_reason")
+        finish_reason = outer.kept.get("finish_reason") or None  # some servers write "" until the end
         if finish_reason is not None:
             state.finish_reason = as_word(finish_reason, f"{where}.finish_reason")
         if finish_reason is None or said or whole:
@@ -139,14 +142,16 @@ class ChatStreamParser(ChunkStreamParser[_Choice]):
             if not isinstance(kind, str) or kind not in TOOL_CALLS:
                 raise unsupported_content(f"{where}.type", "this type of tool call cannot be moderated")
             call = state.calls.setdefault(index, _Call(kind=kind))
-            if source.get("type") not in (None, call.kind):
+            if (source.get("type") or call.kind) != call.kind:
                 raise invalid(f"{where}.type", "changes in the middle of a call")
             admitted = admit(TOOL_CALLS[call.kind], source, where, self._options)
+            if admitted.kept.get("type") == "":
+                del admitted.kept["type"]  # clients take the last type that they are told
             gather(state.extras, admitted.extras)
             if source.get("id") is not None:
                 admitted.kept["id"] = source["id"]
                 if source["id"] != "":
-                    call.id = as_identifier(source["id"], f"{where}.id")
+                    call.ids.append(as_identifier(source["id"], f"{where}.id"))
             if source.get(call.kind) is not None:
                 admitted.kept[call.kind] = self._call(state, call, source[call.kind], f"{where}.{call.kind}")
             kept.append(in_order(source, admitted.kept))

@@ -145,7 +145,11 @@ class ChunkStreamParser(ABC, Generic[C]):
         gather(self._extras, admitted.extras)
         body = {name: value for name, value in admitted.kept.items() if name != "usage"}
         self._usage = admitted.kept.get("usage") or self._usage
-        self._envelope = self._envelope or self._head(body)
+        head = self._head(body)
+        if not self._envelope or (head.get("id") and not self._envelope.get("id")):  # Azure's first chunk is nameless
+            self._envelope = head
+        if not body.get("id"):  # as its annotations are: SDKs skip a chunk without an ``object``
+            body |= {name: value for name, value in self._envelope.items() if value and not body.get(name, value)}
         frames: list[Frame] = []
         for number, item in enumerate(as_list(source.get("choices"), "choices", _PER_CHUNK)):
             where = f"choices[{number}]"

@@ -52,7 +52,7 @@ class TextStreamParser(ChunkStreamParser[Choice]):
             return
         kept = in_order(source, outer.kept | {"index": index})
         kept |= {"text": outer.texts.get("text", ""), "logprobs": None, "finish_reason": None}
-        if outer.kept.get("finish_reason") is not None:
+        if outer.kept.get("finish_reason"):  # some servers write "" until the end
             state.finish_reason = as_word(outer.kept["finish_reason"], f"{where}.finish_reason")
             rest = {name: item for name, item in kept.items() if name not in outer.texts | outer.extras}
             self._endings[index] = Piece(self._head(body), rest | {"text": "", "finish_reason": state.finish_reason})

@@ -44,6 +44,20 @@ class Rule(Enum):
 
 Table = Mapping[str, Rule]
 
+#: vendors' ways to have the upstream see an image at another size than the guard: of a request, or of one image
+RESIZING: Table = dict.fromkeys(
+    (
+        "max_dynamic_patch",
+        "max_pixels",
+        "min_dynamic_patch",
+        "min_pixels",
+        "resized_height",
+        "resized_width",
+        "vl_high_resolution_images",
+    ),
+    Rule.REFUSED,
+)
+
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _IDENTIFIER = re.compile(r"[!-~]{1,256}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -219,6 +233,9 @@ def _unknown(
 
 
 def _constrained(rule: Rule, item: JSONValue, where: str) -> JSONValue:
+    # Many servers write "" where they have nothing to say, and clients send back the items that they got.
+    if item == "" and rule in (Rule.WORD, Rule.IDENTIFIER):
+        return item
     match rule:
         case Rule.SCALAR:
             if not is_scalar(item):

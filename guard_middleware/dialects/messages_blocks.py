@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from guard_middleware.dialects.answer_shared import unread_id
 from guard_middleware.dialects.base import Options
 from guard_middleware.dialects.fields import (
     Admitted,
@@ -117,11 +118,11 @@ class BlockReader:
             case "tool_result":
                 parts = self._tool_result(source, kept, where, path)
             case "tool_use" | "server_tool_use":
-                parts = [self._call(source, kept, where)]
+                parts = self._call(source, kept, where)
             case _ if "tool_use_id" in table:
-                kept["tool_use_id"] = self.id(source.get("tool_use_id"), f"{where}.tool_use_id")
+                kept["tool_use_id"], unread = self._id(source.get("tool_use_id"), f"{where}.tool_use_id")
                 kept["content"], texts = self._result(source.get("content"), f"{where}.content")
-                parts = [ToolCallResponse(str(kept["tool_use_id"]), text) for text in texts]
+                parts = [*(ToolCallResponse(str(kept["tool_use_id"]), text) for text in texts), *unread]
             case _:
                 parts = [Text(text) for text in admitted.texts.values()]
         if kind in CALLS | {"tool_result"} and (toolset := admitted.texts.get("toolset_name")) is not None:
@@ -151,16 +152,25 @@ class BlockReader:
     def _admit(self, table: Table, source: JSONValue, where: str) -> Admitted:
         return admit(table, source, where, self.options, printed=self.printed)
 
-    def _call(self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str) -> ToolCall:
-        kept["id"] = id = self.id(source.get("id"), f"{where}.id")
+    def _call(self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str) -> list[Part]:
+        name = as_str(source.get("name"), f"{where}.name")
+        kept["id"], unread = self._id(source.get("id"), f"{where}.id", name)
         kept["input"] = arguments = as_object(source.get("input") or {}, f"{where}.input")
+        parts: list[Part] = [ToolCall(str(kept["id"]), name, json_text(arguments)), *unread]
         if source.get("caller") is not None:
             caller = as_object(source["caller"], f"{where}.caller")
-            by = self._admit(CALLER, caller, f"{where}.caller").kept
+            by = self._admit(CALLER, caller, f"{where}.caller")
             if "tool_id" in caller:
-                by["tool_id"] = self.id(caller["tool_id"], f"{where}.caller.tool_id")
-            kept["caller"] = by
-        return ToolCall(id, as_str(source.get("name"), f"{where}.name"), json_text(arguments))
+                by.kept["tool_id"], unread = self._id(caller["tool_id"], f"{where}.caller.tool_id")
+                parts += unread
+            kept["caller"] = by.kept
+            parts += [Text(text) for text in by.extras.values()]
+        return parts
+
+    def _id(self, value: JSONValue, where: str, name: str = "") -> tuple[str, list[Text]]:
+        """(what is kept of the id of a call, what the guard reads of it); ``name`` is that of the call."""
+        id = self.id(value, where)
+        return id, [] if self.printed else unread_id(id, name)
 
     def _tool_result(
         self, source: dict[str, JSONValue], kept: dict[str, JSONValue], where: str, path: Path

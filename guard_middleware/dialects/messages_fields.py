@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from guard_middleware.dialects import chat_fields
-from guard_middleware.dialects.fields import Rule, Table
+from guard_middleware.dialects.fields import RESIZING, Rule, Table
 
 REQUEST: Final[Table] = {
     "max_tokens": Rule.SCALAR,
@@ -93,6 +93,8 @@ BLOCKS: Final[dict[str, Table | None]] = {
         "source": Rule.NESTED,
         "cache_control": Rule.WORDS,
         "transformations": Rule.WORDS,
+        # vendors
+        **RESIZING,
     },
     "document": {
         "type": Rule.WORD,
@@ -203,8 +205,8 @@ CALLER: Final[Table] = {"type": Rule.WORD, "tool_id": Rule.NESTED}
 
 #: where an image or a document comes from, by ``type``; None refuses it
 IMAGE_SOURCES: Final[dict[str, Table | None]] = {
-    "base64": {"type": Rule.WORD, "media_type": Rule.WORD, "data": Rule.NESTED},
-    "url": {"type": Rule.WORD, "url": Rule.NESTED},
+    "base64": {"type": Rule.WORD, "media_type": Rule.WORD, "data": Rule.NESTED, **RESIZING},
+    "url": {"type": Rule.WORD, "url": Rule.NESTED, **RESIZING},
     "file": None,
 }
 DOCUMENT_SOURCES: Final[dict[str, Table | None]] = {

@@ -94,10 +94,11 @@ class _Reader:
         kept = admitted.kept
         definitions: list[Definition] = []
         if (thread := source.get("thread")) is not None:
-            kept["thread"] = self.thread(thread)
+            kept["thread"], definitions = self.thread(thread)
         server_tools = self.continues is not None  # the thread may have such tools; nothing here says so
         if (tools := source.get("tools")) is not None:
-            kept["tools"], definitions, runs = self.tools(tools)
+            kept["tools"], found, runs = self.tools(tools)
+            definitions += found
             server_tools = server_tools or runs
         for name, read in (("tool_choice", self.tool_choice), ("output_config", self.output_config)):
             if (value := source.get(name)) is not None:
@@ -110,7 +111,9 @@ class _Reader:
                 definitions.append(Definition("stop", as_str(item, f"stop_sequences[{number}]")))
         if (metadata := source.get("metadata")) is not None:
             refuse_guards(as_object(metadata, "metadata"), "metadata")
-            kept["metadata"] = dict(admit(METADATA, metadata, "metadata", self.options).kept)
+            labels = admit(METADATA, metadata, "metadata", self.options)
+            kept["metadata"] = dict(labels.kept)
+            definitions += [Definition("metadata", text) for text in labels.extras.values()]
 
         messages: list[Message] = []
         if (system := source.get("system")) is not None:
@@ -134,15 +137,16 @@ class _Reader:
             server_tools=server_tools,
         )
 
-    def thread(self, value: JSONValue) -> dict[str, JSONValue]:
+    def thread(self, value: JSONValue) -> tuple[dict[str, JSONValue], list[Definition]]:
         """A thread that is begun, or continued after the answer that it names."""
-        kept = admit(THREAD, value, "thread", self.options).kept
+        admitted = admit(THREAD, value, "thread", self.options)
+        kept = admitted.kept
         kept["type"] = kind = as_word(as_object(value, "thread").get("type"), "thread.type")
         if kind not in ("create", "continue"):
             raise unsupported_field("thread.type", "cannot be moderated")
         if kind == "continue":
             self.continues = as_identifier(kept.get("previous_message_id"), "thread.previous_message_id")
-        return kept
+        return kept, [Definition("thread", text) for text in admitted.extras.values()]
 
     def tools(self, value: JSONValue) -> tuple[list[JSONValue], list[Definition], bool]:
         """(what is kept, what the guard reads, whether the service runs one of them)."""

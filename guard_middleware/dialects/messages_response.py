@@ -128,7 +128,7 @@ def read_envelope(
     kept = envelope.kept
     if source.get("role") not in (None, "assistant") or source.get("type") not in (None, "message"):
         raise unsupported_content(f"{path}.role".lstrip("."), "must be a message of the assistant")
-    kept |= {"type": "message", "role": "assistant", "stop_reason": kept.get("stop_reason")}
+    kept |= {"type": "message", "role": "assistant", "stop_reason": kept.get("stop_reason") or None}
     parts = read_ending(source, envelope, request, options)
     return envelope, [*parts, *(Text(text) for text in envelope.extras.values())]
 

@@ -115,7 +115,7 @@ class MessagesStreamParser:
         if not self._done:
             raise UpstreamError(UpstreamErrorKind.RESET, "the stream ended without message_stop")
         stop_reason = self._ending.get("stop_reason")
-        if not isinstance(stop_reason, str) or self._open:
+        if not isinstance(stop_reason, str) or not stop_reason or self._open:
             raise UpstreamError(UpstreamErrorKind.MALFORMED, "the stream ended without a stop_reason, or in a block")
         parts = [part for block in self._blocks for part in block.parts()]
         return (Answer(0, Message("assistant", (*parts, *self._extras)), stop_reason),)
@@ -199,7 +199,7 @@ class MessagesStreamParser:
 
     def _block_start(self, source: _Object, admitted: Admitted) -> Frame:
         index = len(self._blocks)
-        if source.get("index") is not index or self._open:
+        if not _is_index(source.get("index"), index) or self._open:
             raise invalid("index", "must be that of the next block, after the end of the last")
         value = as_object(source.get("content_block"), "content_block")
         kept, parts = reader(self._options).block(value, "assistant", "content_block", ())
@@ -246,7 +246,7 @@ class MessagesStreamParser:
         return (Said(f"block.{index}", text, self._blocks[index].kind == "thinking"),) if text else ()
 
     def _block(self, source: _Object) -> _Block:
-        if not self._open or source.get("index") != len(self._blocks) - 1 or isinstance(source["index"], bool):
+        if not self._open or not _is_index(source.get("index"), len(self._blocks) - 1):
             raise invalid("index", "must be that of the open block")
         return self._blocks[-1]
 
@@ -260,6 +260,10 @@ class MessagesStreamParser:
         self._ending |= in_order(delta, inner.kept)
         if isinstance(usage := admitted.kept.get("usage"), dict):
             self._usage |= usage
+
+
+def _is_index(value: JSONValue, index: int) -> bool:
+    return type(value) is int and value == index
 
 
 def text_block(index: int, text: str) -> list[_Object]:

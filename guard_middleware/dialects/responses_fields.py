@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from guard_middleware.dialects.fields import Rule, Table
+from guard_middleware.dialects.fields import RESIZING, Rule, Table
 
 REQUEST: Final[Table] = {
     "access_programs": Rule.WORDS,
@@ -64,6 +64,7 @@ REQUEST: Final[Table] = {
     "return_token_ids": Rule.OFF,
     "return_tokens_as_token_ids": Rule.OFF,
     "truncate_prompt_tokens": Rule.REFUSED,
+    **RESIZING,
 }
 #: what ``include`` may ask for; the rest is about tools of the upstream or gives tokens a second way out
 INCLUDE: Final = frozenset({"reasoning.encrypted_content"})
@@ -133,6 +134,8 @@ PARTS: Final[dict[str, Table | None]] = {
         "file_id": Rule.REFUSED,  # a picture that the upstream keeps
         "image_url": Rule.NESTED,
         "prompt_cache_breakpoint": Rule.WORDS,
+        # vendors
+        **RESIZING,
     },
     "output_text": {"type": Rule.WORD, "text": Rule.TEXT, "annotations": Rule.NESTED, "logprobs": Rule.DROPPED},
     "refusal": {"type": Rule.WORD, "refusal": Rule.TEXT},
@@ -143,6 +146,8 @@ PARTS: Final[dict[str, Table | None]] = {
         "detail": Rule.WORD,
         "file_id": Rule.REFUSED,
         "image_url": Rule.NESTED,
+        # vendors
+        **RESIZING,
     },
     "input_audio": None,
     "input_file": None,

@@ -121,8 +121,7 @@ class _Reader:
         if source.get("text") is not None:
             kept["text"] = self.text(as_object(source["text"], "text"))
         if source.get("reasoning") is not None:
-            kept["reasoning"] = inner = admit(REASONING, source["reasoning"], "reasoning", self.options).kept
-            self.definitions += unusual(REASONING, inner, "reasoning")
+            kept["reasoning"] = self.setting(REASONING, source["reasoning"], "reasoning")
         if source.get("metadata") is not None:
             kept["metadata"], notes = read_metadata(source["metadata"])
             self.definitions += notes
@@ -134,9 +133,14 @@ class _Reader:
         names = [name for name, rule in REQUEST.items() if rule is Rule.NESTED and name in source]
         kept |= {name: source[name] for name in names if name not in kept}
 
+    def setting(self, table: Table, value: JSONValue, path: str) -> dict[str, JSONValue]:
+        admitted = admit(table, value, path, self.options)
+        self.definitions += [Definition(name, text) for name, text in admitted.extras.items()]
+        self.definitions += unusual(table, admitted.kept, path)
+        return admitted.kept
+
     def text(self, source: dict[str, JSONValue]) -> dict[str, JSONValue]:
-        kept = admit(TEXT, source, "text", self.options).kept
-        self.definitions += unusual(TEXT, kept, "text")
+        kept = self.setting(TEXT, source, "text")
         if (given := source.get("format")) is not None:
             shape = as_object(given, "text.format")
             table = FORMATS.get(as_word(shape.get("type"), "text.format.type"))

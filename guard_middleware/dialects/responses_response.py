@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from guard_middleware.dialects.answer_shared import read_envelope, upstream_error
+from guard_middleware.dialects.answer_shared import read_envelope, unread_id, upstream_error
 from guard_middleware.dialects.base import Answer, Notice, Options, ParsedRequest, Ruling
 from guard_middleware.dialects.chat_moderation import explain as explain_several
 from guard_middleware.dialects.fields import (
@@ -208,4 +208,4 @@ def _call(kind: str, source: dict[str, JSONValue], admitted: Admitted, where: st
     kept = in_order(source, admitted.kept | {"call_id": id})
     call = read_call(kind, id, admitted, where)
     texts = {(name, 0): text for name, text in admitted.texts.items()}
-    return Item(kind, kept, (call, *extras), texts)
+    return Item(kind, kept, (call, *unread_id(id, call.name), *extras), texts)

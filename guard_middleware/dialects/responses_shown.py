@@ -83,7 +83,7 @@ class Shown:
             self._part(item, kind, event).texts.append(event["delta"])
         elif kind == "response.output_text.annotation.added":
             part = item.content[event["content_index"]]
-            part.value = {**part.value, "annotations": [*part.value.get("annotations", []), event["annotation"]]}
+            part.value = {**part.value, "annotations": [*(part.value.get("annotations") or ()), event["annotation"]]}
         elif kind.endswith("part.added"):
             text = _SAID[event["part"]["type"]][1]
             item.parts(_list(event)).append(_Part(event["part"], [event["part"][text]]))

@@ -56,7 +56,7 @@ from guard_middleware.dialects.responses_response import (
 from guard_middleware.dialects.responses_shown import Shown
 from guard_middleware.errors import UpstreamError, UpstreamErrorKind
 from guard_middleware.strictjson import JSONValue, dumps
-from guard_middleware.types import Message, Part, Text
+from guard_middleware.types import Message, Part, Text, ToolCall
 
 _OPENING = ("response.created", "response.queued", "response.in_progress")
 _ENDING = ("response.completed", "response.incomplete")
@@ -239,8 +239,9 @@ class ResponseStreamParser:
         if item.kind in ("message", "reasoning") and item.texts:
             raise invalid("item", "has content before its parts")
         texts = {key: [text] for key, text in item.texts.items()}
-        if item.kind == "computer_call":  # its actions may be others at first: both are judged
-            self._begun += item.parts
+        # What an item says at its start only is judged too: an operator's fields, the actions of a computer's call.
+        self._begun += [part for part in item.parts if item.kind == "computer_call" or not isinstance(part, ToolCall)]
+        if item.kind == "computer_call":
             texts = {}
         self._items[index] = Making(item.kind, item.kept.get("call_id"), texts)
         return Frame(0, {**admitted.kept, "output_index": index, "item": item.kept}, (), bool(item.parts))

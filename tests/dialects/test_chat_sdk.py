@@ -296,3 +296,62 @@ def test_what_the_sdk_sends_for_tools_and_history_is_accepted() -> None:
         user="u1",
     )
     assert [message.role for message in gateway.seen[1].conversation.messages] == ["user", "assistant", "user"]
+
+
+#: Azure OpenAI's stream as it is on the wire: a nameless first chunk, and annotations of its filter after the end
+AZURE = (
+    '{"choices":[],"created":0,"id":"","model":"","object":"","prompt_filter_results":[{"prompt_index":0,'
+    '"content_filter_results":{"hate":{"filtered":false,"severity":"safe"}}}]}',
+    '{"choices":[{"content_filter_results":{},"delta":{"content":"","refusal":null,"role":"assistant"},'
+    '"finish_reason":null,"index":0,"logprobs":null}],"created":1730000000,"id":"chatcmpl-A1","model":"gpt-4o",'
+    '"object":"chat.completion.chunk","system_fingerprint":"fp_1"}',
+    '{"choices":[{"content_filter_results":{},"delta":{"content":"hello"},"finish_reason":null,"index":0,'
+    '"logprobs":null}],"created":1730000000,"id":"chatcmpl-A1","model":"gpt-4o","object":"chat.completion.chunk",'
+    '"system_fingerprint":"fp_1"}',
+    '{"choices":[{"content_filter_results":{},"delta":{},"finish_reason":"stop","index":0,"logprobs":null}],'
+    '"created":1730000000,"id":"chatcmpl-A1","model":"gpt-4o","object":"chat.completion.chunk",'
+    '"system_fingerprint":"fp_1"}',
+    '{"id":"","object":"","created":0,"model":"","choices":[{"index":0,"finish_reason":null,'
+    '"content_filter_results":{"hate":{"filtered":false,"severity":"safe"}},"content_filter_raw":[],'
+    '"content_filter_offsets":{"check_offset":44,"start_offset":44,"end_offset":198}}]}',
+    "[DONE]",
+)
+#: what SGLang and others stream: empty strings where there is nothing to say
+EMPTIES = (
+    '{"id":"","object":"chat.completion.chunk","created":1,"model":"","system_fingerprint":"","service_tier":"","choices":[{"index":0,'
+    '"delta":{"role":"","tool_calls":[{"index":0,"id":"call_1","type":"function","function":{"name":"f",'
+    '"arguments":"{}"}}]},"finish_reason":""}]}',
+    '{"id":"","object":"chat.completion.chunk","created":1,"model":"","choices":[{"index":0,"delta":{"role":"","tool_calls":[{"index":0,'
+    '"id":"","type":"","function":{"name":null,"arguments":" "}}]},"finish_reason":""}]}',
+    '{"id":"","object":"chat.completion.chunk","created":1,"model":"","choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}',
+    "[DONE]",
+)
+
+
+def streaming(what: Ruling, data: tuple[str, ...]) -> Gateway:
+    """A gateway whose upstream streams these events."""
+
+    def reply(request: ParsedRequest) -> Reply:
+        parsed = finished(CHAT_COMPLETIONS.stream_parser(request, Options()), (Event("", text) for text in data))
+        return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
+
+    return Gateway(reply)
+
+
+def test_a_stream_of_azure_is_an_ordinary_one() -> None:
+    done = CALLS["stream helper"](streaming(ruling(Action.ALLOW), AZURE).client())
+    assert (done.id, done.choices[0].message.content, done.choices[0].finish_reason) == ("chatcmpl-A1", "hello", "stop")
+    chunks = CALLS["create stream"](streaming(ruling(Action.BLOCK), AZURE).client())
+    assert [(chunk.id, chunk.choices[0].finish_reason) for chunk in chunks] == [("chatcmpl-A1", "content_filter")]
+
+
+def test_a_block_by_azures_asynchronous_filter_reaches_the_helper() -> None:
+    ended = AZURE[-2].replace('"finish_reason":null', '"finish_reason":"content_filter"')
+    with pytest.raises(ContentFilterFinishReasonError):
+        CALLS["stream helper"](streaming(ruling(Action.ALLOW), (*AZURE[:3], ended, "[DONE]")).client())
+
+
+def test_empty_strings_of_a_stream_do_not_break_the_helper() -> None:
+    done = CALLS["stream helper"](streaming(ruling(Action.ALLOW), EMPTIES).client())
+    (call,) = done.choices[0].message.tool_calls
+    assert (call.type, call.function.name, call.function.arguments) == ("function", "f", "{} ")

@@ -217,6 +217,60 @@ def test_vendors_annotation_chunks_and_second_copies_are_dropped() -> None:
     assert out == [chunk(say(content="hello")), chunk(say(finish="stop"))]
 
 
+NAMELESS = {"choices": [], "created": 0, "id": "", "model": "", "object": "", "prompt_filter_results": [{"x": MARK}]}
+
+
+def test_the_chunks_that_we_add_are_named_as_the_answer_even_behind_a_nameless_first_chunk() -> None:
+    stream = parser(usage=True)
+    for item in (NAMELESS, HELLO[1], USAGE):
+        stream.feed(Event("", json.dumps(item)))
+    blocked = ruling(Action.BLOCK)
+    out = stream.cut(0, blocked.choices[0], False) + stream.close(blocked)
+    said = [json.loads(event.data) for event in Decoder().feed(out)[:-1]]
+    assert [{name: item[name] for name in ("id", "created", "model", "object")} for item in said] == [
+        {"id": "chatcmpl-1", "created": 1, "model": "m", "object": "chat.completion.chunk"}
+    ] * 2
+
+
+def test_a_nameless_chunk_is_released_under_the_names_of_its_answer() -> None:
+    """Azure's asynchronous filter ends an answer so."""
+    choice = {"index": 0, "finish_reason": "content_filter", "content_filter_results": {"x": MARK}}
+    parsed = read(HELLO[1], {"id": "", "object": "", "created": 0, "model": "", "choices": [choice]})
+    assert parsed.answers[0].finish_reason == "content_filter"
+    assert frames(parsed, ruling(Action.ALLOW)) == [HELLO[1], chunk(say(finish="content_filter"))]
+
+
+def test_a_stream_that_never_gives_its_id_keeps_its_other_names() -> None:
+    parsed = read(*({**item, "id": ""} for item in HELLO))
+    (out,) = frames(parsed, ruling(Action.BLOCK))
+    assert (out["id"], out["model"]) == ("", "m")
+
+
+def test_empty_names_roles_and_ends_say_nothing() -> None:
+    names: dict[str, Any] = {"system_fingerprint": "", "service_tier": "", "model": ""}
+    parsed = read(chunk(say(0, "", role="", content="hello"), **names), chunk(say(0, "stop", role=""), **names))
+    assert parsed.answers[0].message.parts == (Text("hello"),)
+    assert [item["choices"][0]["finish_reason"] for item in frames(parsed, ruling(Action.ALLOW))] == [None, "stop"]
+
+
+@pytest.mark.parametrize("kind", ["function", "custom"])
+def test_an_empty_type_of_a_later_piece_does_not_replace_the_first(kind: str) -> None:
+    name = "arguments" if kind == "function" else "input"
+    first = {"index": 0, "id": "a", "type": kind, kind: {"name": "f", name: "x"}}
+    parsed = read(
+        chunk(say(tool_calls=[first])),
+        chunk(say(tool_calls=[{"index": 0, "id": "", "type": "", kind: {name: "y"}}])),
+        chunk(say(finish="tool_calls")),
+    )
+    assert parsed.answers[0].message.parts == (ToolCall("a", "f", "xy"),)
+    told = [
+        piece
+        for item in frames(parsed, ruling(Action.ALLOW))[:2]
+        for piece in item["choices"][0]["delta"]["tool_calls"]
+    ]
+    assert [piece.get("type") for piece in told] == [kind, None]
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(True, [*HELLO, USAGE]), (False, HELLO)])
 def test_usage_comes_exactly_when_it_was_asked_for(asked: bool, expected: Any) -> None:
     assert frames(read(*HELLO, USAGE, usage=asked), ruling(Action.ALLOW)) == expected

@@ -94,6 +94,27 @@ def test_an_allowed_stream_is_released_event_by_event(stream: Events) -> None:
     assert bodies(read(*stream).render(ruling(Action.ALLOW))) == stream
 
 
+def test_empty_names_at_the_start_say_nothing() -> None:
+    parsed = read(start(id="", model="", stop_reason=""), *HELLO[1:])
+    assert parsed.answers[0].finish_reason == "end_turn"
+    (first, *_) = bodies(parsed.render(ruling(Action.ALLOW)))
+    assert first == start(id="", model="")
+
+
+def test_an_answer_may_have_any_number_of_blocks() -> None:
+    stream = [start(), *(event for number in range(300) for event in said(number, [f"{number} "])), *ending()]
+    assert bodies(read(*stream).render(ruling(Action.ALLOW))) == stream
+
+
+@pytest.mark.parametrize("index", [False, 0.0, "0", None])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_index_is_a_whole_number(at: int, index: Any) -> None:
+    stream = [start(), *said(0, ["hello"]), *ending()]
+    stream[at] = {**stream[at], "index": index}
+    with pytest.raises(UpstreamError):
+        read(*stream)
+
+
 def test_each_block_is_a_surface_and_calls_wait_for_the_last_verdict() -> None:
     parsed = read(*MIXED)
     assert [(frame.said, frame.whole) for frame in parsed.frames if frame.said or frame.whole] == [
@@ -238,6 +259,7 @@ MALFORMED: list[Events] = [
     [start(), start()],
     [start(content=[{"type": "text", "text": MARK}])],
     [start(id=MARK)],
+    [start(), *ending("")],
     [{"type": "message_start"}],
     [start(), opened(1)],
     [start(), opened(True)],

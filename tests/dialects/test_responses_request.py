@@ -84,6 +84,7 @@ ITEMS: list[tuple[dict[str, Any], Message]] = [
         said("assistant", Text("a"), Text(MARK), Text("https://x.example"), Text("b")),
     ),
     (CALL | {"id": "fc_1", "status": "completed"}, said("assistant", ToolCall("call00001", "f", '{"a":"pick"}'))),
+    (CALL | {"id": "", "status": ""}, said("assistant", ToolCall("call00001", "f", '{"a":"pick"}'))),  # as it came
     (CALL | {"namespace": "n"}, said("assistant", ToolCall("call00001", "n.f", '{"a":"pick"}'))),
     (
         {"type": "function_call_output", "call_id": "call_x", "output": MARK},
@@ -286,6 +287,7 @@ PASSED: list[dict[str, Any]] = [
     {"background": False, "truncation": "disabled", "top_logprobs": 0, "prompt": None, "conversation": None},
     {"include": ["reasoning.encrypted_content"], "stream": True, "stream_options": {"include_obfuscation": False}},
     {"include": None, "metadata": None, "reasoning": None, "text": None, "tools": None, "truncation": None},
+    {"safety_identifier": "", "user": "", "service_tier": ""},
     {"safety_identifier": "s-1", "user": "u-1", "prompt_cache_key": "k", "service_tier": "auto"},
     {"prompt_cache_options": {"mode": "implicit"}, "image": {"context_compression": "auto"}, "top_k": 4},
 ]

@@ -124,6 +124,19 @@ def test_citations_wait_for_the_last_verdict() -> None:
     assert parsed.answers[0].message.parts == (Text("a"), Text(MARK), Text("https://x.example"))
 
 
+@pytest.mark.parametrize("annotations", [{"annotations": None}, {}])
+def test_a_part_that_begins_without_citations_may_get_some(annotations: dict[str, Any]) -> None:
+    told = streamed(answer(say(part("a", annotations=[CITATION]))))
+    (opened,) = (event for event in told if event["type"] == "response.content_part.added")
+    opened["part"] = {"type": "output_text", "text": "", **annotations}
+    assert frames(read(told).render(ruling(Action.ALLOW))) == plain(told)
+    stream = parser()
+    held = [frame for event in events(told[:-3]) for frame in stream.feed(event)]
+    data = b"".join(stream.release(frame) for frame in held) + stream.cut(0, notice("output", Action.BLOCK), False)
+    closed, _ = (event["part"] for event in frames(data) if event["type"] == "response.content_part.done")
+    assert closed["annotations"] == [CITATION]
+
+
 def test_window_by_window_the_same_stream_leaves() -> None:
     told = streamed(answer(think("", "abcdefgh" * 8), say(part("ijklmnop" * 8))), pieces=1)
     stream = parser()
