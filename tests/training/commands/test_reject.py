@@ -57,7 +57,7 @@ def rows(tmp_path: Path) -> Path:
         for n in range(8)
     ]
     found += [
-        {"id": "pair", "source": "pairs", "prompt": "hi", "prompt_label": "unharmful", "response": "Hello!",
+        {"id": "pair", "source": "set [/x]", "prompt": "hi", "prompt_label": "unharmful", "response": "Hello!",
          "response_label": "unharmful"},
         {"id": "image", "source": "pictures", "prompt": "", "prompt_label": "unharmful", "image": "noise.png"},
         {"id": "gone", "source": "pictures", "prompt": "", "prompt_label": "harmful", "image": "gone.png"},
@@ -89,10 +89,11 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
     groups = json.loads((tmp_path / "s.json").read_text())
     assert [(g["source"], g["rows"]) for g in groups if g["source"] != "all"] == [
         ("made", 8),
-        ("pairs", 1),
         ("pictures", 1),
+        ("set [/x]", 1),
     ]
     shown = capsys.readouterr().out
+    assert "set [/x]" in shown
     assert "5 rows left out" in shown
     for reason in (
         "rows.jsonl:15: not a labelled row",

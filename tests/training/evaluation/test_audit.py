@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from guard_middleware.errors import ConfigError
 from guard_middleware.guard.prompt import render
 from guard_middleware.types import Label
 from guard_middleware.worker.engine import GuardPrompt
-from guard_middleware.worker.weights import resolve
+from guard_middleware.worker.weights import NANO, resolve
 from guard_middleware.worker.windows import plan
 from guard_training.commands import audit as command
 from guard_training.corpus.conversation import conversation
@@ -98,7 +99,9 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     rows += [{"id": "p1", "source": "talk", "prompt": "hi", **answer}]
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
-    given = _parse("--data", str(data), "--model", "nano", "--output", str(output))
+    model = tmp_path / "set [/x]"
+    shutil.copytree(NANO, model)
+    given = _parse("--data", str(data), "--model", str(model), "--output", str(output))
     command.run(given)
     report = json.loads((output / "report.json").read_text())
     assert report["rows"] == 5
@@ -116,6 +119,7 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     assert page.count("<img") == 1
     assert "<dt>of these, against the verdict</dt>" in page
     assert "bake" not in page
+    assert "set [/x]" in printed
     assert "opposite" in printed
     assert "rows.jsonl:9" in printed
     assert "none.png is no readable" in printed

@@ -105,7 +105,7 @@ def test_a_teacher_is_read_in_each_of_its_forms_and_bad_lines_are_named(tmp_path
 
 def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes, teacher, out = (tmp_path / name for name in ("nano.jsonl", "teacher.jsonl", "new/bias.json"))
-    write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4)) for n in range(10)])
+    write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4), "set [/x]") for n in range(10)])
     outcomes.write_text(outcomes.read_text() + "no\n")
     teacher.write_text("".join(f'{{"id": "{n}", "request": "{_LABEL[int(n > 4)]}"}}\n' for n in range(10)) + "no\n")
     command.run(
@@ -128,7 +128,7 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert entry["student_and_teacher"]["kappa"]["value"] == 1.0
     assert sum(map(sum, entry["table"])) == 10
     printed = capsys.readouterr().out
-    assert "locks" in printed
+    assert "set [/x]" in printed
     assert "teacher.jsonl:11" in printed
     assert "nano.jsonl:11" in printed
 

@@ -116,25 +116,26 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, recipe = _corpus(tmp_path / "data")
-    with (data / "rows.jsonl").open("a") as lines:
-        lines.write("no row\n")
+    rows = data / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("wants_", "set [/x]_") + "no row\n")
     file, output = _write(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
     given = _parse(
         *("--data", str(data), "--recipe", file, "--output", str(output), "--quick"),
-        *("--groups", "asks_harmful+asks_unharmful", "wants_harmful"),
+        *("--groups", "asks_harmful+asks_unharmful", "set [/x]_harmful"),
     )
     command.run(given)
     report = json.loads((output / "report.json").read_text())
     assert [(entry["group"], entry["source"]) for entry in report["entries"]] == [
         ("asks_harmful+asks_unharmful", "asks_harmful"),
         ("asks_harmful+asks_unharmful", "asks_unharmful"),
-        ("wants_harmful", "wants_harmful"),
+        ("set [/x]_harmful", "set [/x]_harmful"),
     ]
     assert report["means"][0]["auc"]["n"] == 3
     said = capsys.readouterr().out
     assert "mean over sources" in said
+    assert "set [/x]_harmful" in said
     page = (output / "report.html").read_text()
-    assert '<td class="word">wants_harmful</td>' in page
+    assert '<td class="word">set [/x]_harmful</td>' in page
     assert page.count("<img") == 1
     assert "1 rows left out" in said
     assert "rows.jsonl:181" in said
@@ -151,7 +152,7 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
 
     monkeypatch.setattr(generalise, "linear", counted)
     command.run(given)
-    assert done == ["wants_harmful"]
+    assert done == ["set [/x]_harmful"]
     assert json.loads((output / "report.json").read_text()) == report
 
 

@@ -82,6 +82,7 @@ def run(given: argparse.Namespace) -> None:
     console.print(
         f"{len(rows.prompts)} requests and {len(rows.pairs)} answers learnt; {len(lines)} rows answered, threshold "
         f"{baseline.request.threshold:.2f}: {given.output}",
+        markup=False,
         highlight=False,
     )
     if skipped.reasons:

@@ -78,7 +78,7 @@ def run(given: argparse.Namespace) -> None:
             calibrated=False,
         )
     if "label" not in outcomes:
-        console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated")
+        console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated", markup=False)
     found = calibration(facts.revision, **outcomes)
     columns = (
         "mode",
@@ -164,5 +164,5 @@ def _report(
     about += [("Rows", f"{rows}, at most {given.limit} of a source")]
     write_report(
         given.report,
-        page(f"Calibration of {facts.name}", facts.name, sections, facts=about, skipped=skipped.summary(shown=50)),
+        page(f"Calibration of {facts.name}", sections, facts=about, skipped=skipped.summary(shown=50)),
     )

@@ -184,7 +184,7 @@ def run_build(given: argparse.Namespace) -> None:
     console.print(_counts_table(built), steps_table(statistics(built.train)))
     skipped.reasons += built.bad
     _summary(console, skipped, given.output / "skipped.txt")
-    console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", highlight=False)
+    console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", markup=False, highlight=False)
 
 
 def run_check(given: argparse.Namespace) -> None:

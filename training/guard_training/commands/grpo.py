@@ -102,4 +102,4 @@ def run(given: argparse.Namespace) -> None:
     finally:
         if skipped.reasons:
             console.print(skipped.summary(), markup=False, highlight=False)
-    console.print(str(folder), highlight=False)
+    console.print(str(folder), markup=False, highlight=False)

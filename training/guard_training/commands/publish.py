@@ -94,9 +94,9 @@ def run(given: argparse.Namespace) -> None:
         if copied:
             publish.copy(folder, copied, lambda: progress.advance(task))
         progress.update(task, completed=1 + files)
-    console.print(f"{folder}: {facts.name}, revision {facts.revision}, is whole", highlight=False)
+    console.print(f"{folder}: {facts.name}, revision {facts.revision}, is whole", markup=False, highlight=False)
     if copied:
-        console.print(str(copied), highlight=False)
+        console.print(str(copied), markup=False, highlight=False)
     if given.to_hub:
         logging.enable_progress_bar()  # the hub's own
         console.print(hub.push(folder, given.to_hub, facts, private=given.private), highlight=False)

@@ -125,4 +125,4 @@ def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, 
     finally:
         if skipped.reasons and not console.quiet:
             console.print(skipped.report(given.output / "skipped.txt"), markup=False, highlight=False, soft_wrap=True)
-    console.print(str(folder) if folder else "stopped; the same command goes on", highlight=False)
+    console.print(str(folder) if folder else "stopped; the same command goes on", markup=False, highlight=False)

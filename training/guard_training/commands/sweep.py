@@ -78,9 +78,9 @@ def run(given: argparse.Namespace) -> None:
             train=ablation.trainer(given.rows, model, **launch),
             ask=ablation.asker(rows, concurrency=given.concurrency, console=console),
         )
-        console.print(ablation.table(results))
+        console.print(ablation.sheet(results).rich())
         for file in ablation.write(results, recipe, given.output):
-            console.print(str(file), highlight=False)
+            console.print(str(file), markup=False, highlight=False)
     finally:
         if skipped.reasons:
             console.print(skipped.summary(), markup=False, highlight=False)

@@ -142,7 +142,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
     finally:
         if skipped.reasons:
             console.print(skipped.summary(shown=20), markup=False, highlight=False)
-    console.print(str(folder), highlight=False)
+    console.print(str(folder), markup=False, highlight=False)
 
 
 def _reader(wanted: bool) -> Read | None:
