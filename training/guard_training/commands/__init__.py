@@ -8,9 +8,9 @@ import sys
 from rich.console import Console
 
 
-def terminal(width: int) -> Console:
+def terminal(width: int = 150, *, quiet: bool = False) -> Console:
     """Where tables go: as wide as the terminal, or ``width`` columns where they go to a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=width)
+    return Console(width=None if sys.stdout.isatty() else width, quiet=quiet)
 
 
 def count(text: str) -> int:

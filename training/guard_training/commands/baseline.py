@@ -85,5 +85,4 @@ def run(given: argparse.Namespace) -> None:
         markup=False,
         highlight=False,
     )
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)

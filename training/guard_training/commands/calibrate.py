@@ -94,8 +94,7 @@ def run(given: argparse.Namespace) -> None:
     )
     sheet = Sheet(f"Calibration of {facts.name} {facts.revision}", columns, tuple(_lines(found)), left=2)
     console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
     write_json(found, given.output)
     if given.report:
         _report(given, facts, found, outcomes, sheet, skipped)

@@ -183,7 +183,7 @@ def run_build(given: argparse.Namespace) -> None:
     console = terminal(_WIDTH)
     console.print(_counts_table(built), steps_table(statistics(built.train)))
     skipped.reasons += built.bad
-    _summary(console, skipped, given.output / "skipped.txt")
+    skipped.tell(console, given.output / "skipped.txt")
     console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", markup=False, highlight=False)
 
 
@@ -203,7 +203,7 @@ def run_check(given: argparse.Namespace) -> None:
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)
     console = terminal(_WIDTH)
     console.print(_leaks_table(rows, leaks))
-    _summary(console, skipped, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
+    skipped.tell(console, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
     _write_json(given.json, [asdict(leak) for leak in leaks])
     gone = {leak.id for leak in leaks}
     if given.output:
@@ -225,7 +225,7 @@ def run_stats(given: argparse.Namespace) -> None:
         found = statistics(_track(progress)(rows, "counting"))
     console = terminal(_WIDTH)
     console.print(steps_table(found), labels_table(found))
-    _summary(console, skipped)
+    skipped.tell(console)
     _write_json(given.json, found.to_json())
 
 
@@ -314,12 +314,6 @@ def _leaks_table(rows: Sequence[Row], leaks: Sequence[Leak]) -> Table:
         example = next(leak for leak in leaks if (leak.where, sources[leak.id], leak.kind) == group)
         table.add_row(*map(escape, group), f"{count:,}", escape(f"{example.id} = {example.other}"))
     return table
-
-
-def _summary(console: Console, skipped: Skipped, file: Path | None = None) -> None:
-    if skipped.reasons:
-        said = skipped.report(file) if file else skipped.summary()
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

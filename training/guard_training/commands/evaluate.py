@@ -120,8 +120,7 @@ def run(given: argparse.Namespace) -> None:
         compared = {"ours": ours, "theirs": theirs, **compare(outcomes[first], other, mode=given.mode)}
     for sheet in tables.all_sheets(summaries, compared):
         console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
 
     if given.outcomes:
         write_outcomes(given.outcomes, outcomes[first])

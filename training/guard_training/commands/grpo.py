@@ -76,8 +76,7 @@ def run(given: argparse.Namespace) -> None:
     if given.dry_run:
         for line in on_meta(recipe, len(rows) if rows is not None else 12_000, given.output).lines():
             console.print(line, highlight=False)
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        skipped.tell(console)
         return
     if rows is None:
         raise ValueError("nothing to train on; give --rows FILE")
@@ -100,6 +99,5 @@ def run(given: argparse.Namespace) -> None:
             cpu=cpu,
         )
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        skipped.tell(console)
     console.print(str(folder), markup=False, highlight=False)

@@ -6,6 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from guard_training.commands import terminal
+
 _ABOUT = """\
 Makes nano, the small guard, from labelled data: draws typographic images and reads them, trains a tokenizer,
 writes the reasoning with the deterministic teacher, and trains a Qwen2.5-VL-architecture model from scratch
@@ -72,6 +74,6 @@ def run(given: argparse.Namespace) -> None:
         against=given.against,
         stop_after=given.stop_after,
     )
-    if skipped.reasons:
-        print(skipped.summary())
-    print(folder)
+    console = terminal()
+    skipped.tell(console)
+    console.print(str(folder), markup=False, highlight=False, soft_wrap=True)

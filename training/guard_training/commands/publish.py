@@ -82,8 +82,7 @@ def run(given: argparse.Namespace) -> None:
         try:
             publish.make(making, given.output, skipped, measurer(console, given.concurrency))
         finally:
-            if skipped.reasons:
-                console.print(skipped.summary(), markup=False, highlight=False)
+            skipped.tell(console)
         folder = given.output
     copied = given.output if not given.results else None
     with Progress(console=console) as progress:

@@ -103,8 +103,7 @@ def _dry_run(given: argparse.Namespace, recipe: SftSettings, console: Console) -
     for line in made.lines(recipe):
         console.print(line, highlight=False)
     console.print(made.table())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
 
 
 def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, cpu: bool) -> None:
@@ -123,6 +122,5 @@ def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, 
             recipe, given.data, rows, given.output, skipped, console=console, read=read, steps=given.steps, cpu=cpu
         )
     finally:
-        if skipped.reasons and not console.quiet:
-            console.print(skipped.report(given.output / "skipped.txt"), markup=False, highlight=False, soft_wrap=True)
+        skipped.tell(console, given.output / "skipped.txt")
     console.print(str(folder) if folder else "stopped; the same command goes on", markup=False, highlight=False)

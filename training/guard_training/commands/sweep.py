@@ -82,5 +82,4 @@ def run(given: argparse.Namespace) -> None:
         for file in ablation.write(results, recipe, given.output):
             console.print(str(file), markup=False, highlight=False)
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        skipped.tell(console)

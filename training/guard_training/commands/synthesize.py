@@ -87,8 +87,7 @@ def run(given: argparse.Namespace) -> None:
         raise CorpusError(f"{given.rows}: no usable row; {skipped.summary()}")
     wanted = needed(rows, asking, skipped)[: given.limit]
     console.print(table(estimate(left_over(wanted, given.output, again=given.again), asking.expected), price))
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, soft_wrap=True)
+    skipped.tell(console)
     if given.dry_run:
         return
     _confirm(given.yes, console)
@@ -103,9 +102,7 @@ def run(given: argparse.Namespace) -> None:
     with Progress(console=console) as progress:
         tally = write(wanted, asking, limiter, given.output, progress)
     _report(tally, price, asking, given.output, console)
-    if skipped.reasons:
-        file = given.output.with_name(f"{given.output.stem}.skipped.txt")
-        console.print(skipped.report(file), markup=False, soft_wrap=True)
+    skipped.tell(console, given.output.with_name(f"{given.output.stem}.skipped.txt"))
     if tally.out_of_reach:
         raise ValueError(
             f"{tally.out_of_reach} rows were out of the teacher's reach ({tally.why}): give the same command again"

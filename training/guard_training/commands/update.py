@@ -140,8 +140,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
             read=_reader(plan.sft.reader),
         )
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(shown=20), markup=False, highlight=False)
+        skipped.tell(console, shown=20)
     console.print(str(folder), markup=False, highlight=False)
 
 

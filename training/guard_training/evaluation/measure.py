@@ -274,8 +274,7 @@ def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, con
     summary = {"data": data.name, "limit": limit, **summarise(outcomes, model=name, revision=revision)}
     for sheet in tables.all_sheets({name: summary}, None):
         console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
     return summary
 
 

@@ -68,8 +68,7 @@ def augment(
                     journal.append(row_to_json(bring_image(row, output.parent), output.parent))
     with Journal(output) as journal:
         console.print(_sheet(journal).rich())
-    if skipped.reasons:
-        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
+    skipped.tell(console, output.with_name(f"{output.stem}.skipped.txt"))
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:

@@ -112,8 +112,7 @@ def reject(
         write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
     console.print(_sheet(groups, sampling.k).rich())
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
-    if skipped.reasons:
-        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
+    skipped.tell(console, output.with_name(f"{output.stem}.skipped.txt"))
 
 
 def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
