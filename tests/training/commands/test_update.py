@@ -98,7 +98,6 @@ def test_what_is_typed_becomes_the_plan(
     ("arguments", "words"),
     [
         (["update"], "--corrections, --evaluate, --golden, --output"),
-        (["--date", "today"], "--date today"),
         (["--set", "banana=1"], "banana"),
         (["--replay-share", "1"], "--replay-share"),
         (["--model", "nowhere/none/at/all"], "no such folder"),

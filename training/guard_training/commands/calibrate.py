@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from guard_middleware.worker.weights import ModelFacts
@@ -35,10 +35,7 @@ _MEASURED_ON = re.compile(r"(^|[^a-z])(dev|test|eval|evaluation|golden|benchmark
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser(
-        "calibrate", help="calibrate a guard's scores", description=_ABOUT, formatter_class=raw
-    )
+    command = subcommand(commands, "calibrate", "calibrate a guard's scores", _ABOUT)
     option = command.add_argument
     option("--model", type=Path, required=True, metavar="DIR", help="the guard's folder")
     option("--data", type=Path, required=True, nargs="+", metavar="FILE", help="labelled rows")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard_training.commands import terminal
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,24 +33,19 @@ reading, RapidOCR's, and none. --data gives the rows of source figstep on its se
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    tower = commands.add_parser(
-        "tower",
-        help="train a vision tower that reads by itself",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    tower = subcommand(commands, "tower", "train a vision tower that reads by itself", _ABOUT)
     option = tower.add_argument
     option("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     option("--resume", action="store_true", help="go on from the folder's checkpoint")
     option("--minutes", type=float, metavar="N", help="end this call after N minutes of training, with a checkpoint")
-    option("--steps", type=int, metavar="N", help="length of the whole schedule (default 7000)")
-    option("--patches", type=int, metavar="N", help="patches of 14 x 14 pixels in a batch (default 1024)")
-    option("--measured", type=int, metavar="N", help="held-out images of each kind that are measured (default 24)")
+    option("--steps", type=count, metavar="N", help="length of the whole schedule (default 7000)")
+    option("--patches", type=count, metavar="N", help="patches of 14 x 14 pixels in a batch (default 1024)")
+    option("--measured", type=count, metavar="N", help="held-out images of each kind that are measured (default 24)")
     option("--workers", type=int, default=0, metavar="N", help="processes that draw, to keep a GPU busy (default 0)")
     option("--data", type=Path, metavar="FILE", help="labelled rows with FigStep's pictures")
     option("--typographic", type=Path, metavar="FILE", help="held-out typographic rows, as `nano` writes them")
     option("--model", default="nano", help="the guard that judges what was read (default nano)")
-    option("--limit", type=int, default=60, metavar="N", help="at most N pictures of each source (default 60)")
+    option("--limit", type=count, default=60, metavar="N", help="at most N pictures of each source (default 60)")
     tower.set_defaults(run=run)
 
 

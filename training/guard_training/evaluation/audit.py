@@ -50,6 +50,7 @@ from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
 from guard_training.evaluation.tables import Sheet, cell
 from guard_training.journal import Journal
+from guard_training.nano.drawn import reader
 from guard_training.tuning.contract import ContractError, load_contract
 
 
@@ -119,11 +120,7 @@ def _cases(
     rows: Sequence[Row], probe: Probe, progress: Progress, skipped: Skipped
 ) -> tuple[list[Case], dict[str, int]]:
     """The rows that fit into one window, each once, and why the others do not count; unreadable images by name."""
-    read = None
-    if probe.facts.reader and any(row.image for row in rows):
-        from guard_middleware.guard.reader import Reader
-
-        read = Reader().read
+    read = reader(probe.facts.reader and any(row.image for row in rows))
     task = progress.add_task("reading rows", total=len(rows))
     cases: dict[str, Case] = {}
     left_out: Counter[str] = Counter()
