@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from guard_training.cli import main
+from tests.support.commands import parse
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sft --dry-run --steps 0",
+        "sft --dry-run --devices 0",
+        "nano --data d --output o --stop-after 0",
+        "synthesize --rows r --output o --teacher t --image-tokens 0",
+        "synthesize --rows r --output o --teacher t --expected-tokens -1",
+        *(f"tower --output o {option} 0" for option in ("--steps", "--patches", "--measured", "--limit")),
+    ],
+)
+def test_a_number_of_nothing_is_a_wrong_command_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(*words.split())
+    assert "is not at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["update", "publish revision"])
+def test_a_date_is_checked_before_anything_is_done(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(*command.split(), "--date", "2026-11-21").date == "2026-11-21T00:00:00"
+    made = datetime.fromisoformat(parse(*command.split()).date)
+    assert abs(datetime.now(UTC) - made) < timedelta(minutes=1)
+    with pytest.raises(SystemExit, match="2"):
+        parse(*command.split(), "--date", "today")
+    assert "--date: today: write it as 2026-11-21" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from guard_training.commands import augment
 from guard_training.corpus.rows import read_rows
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    augment.add(parser.add_subparsers())
-    given = parser.parse_args(["augment", *map(str, arguments)])
-    given.run(given)
+from tests.support.commands import call
 
 
 def lines(path: Path) -> list[dict]:  # type: ignore[type-arg]
@@ -55,7 +47,9 @@ def test_rows_and_their_mixes_are_written_with_provenance_and_bad_rows_are_named
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out" / "rl.jsonl"
-    call("--rows", rows, "--output", output, "--share", 0.5, "--layout", "side_by_side", "grid", "--gap", 0, 8)
+    call(
+        "augment", "--rows", rows, "--output", output, "--share", 0.5, "--layout", "side_by_side", "grid", "--gap", 0, 8
+    )
     written = {line["id"]: line for line in lines(output)}
     mixes = {id: line for id, line in written.items() if "concatenation" in line}
     assert (len(written), len(mixes)) == (40, 20)
@@ -83,28 +77,28 @@ def test_rows_and_their_mixes_are_written_with_provenance_and_bad_rows_are_named
 
 def test_a_killed_run_ends_as_one_that_was_not(rows: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "a" / "rl.jsonl", tmp_path / "b" / "rl.jsonl"
-    call("--rows", rows, "--output", whole)
-    call("--rows", rows, "--output", cut)
+    call("augment", "--rows", rows, "--output", whole)
+    call("augment", "--rows", rows, "--output", cut)
     kept = cut.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join(kept[:-3]) + kept[-3][:20])
-    call("--rows", rows, "--output", cut)
+    call("augment", "--rows", rows, "--output", cut)
     assert cut.read_bytes() == whole.read_bytes()
     assert {p.name for p in (cut.parent / "images").iterdir()} == {p.name for p in (whole.parent / "images").iterdir()}
 
 
 def test_other_settings_do_not_go_on_with_an_output(rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "rl.jsonl"
-    call("--rows", rows, "--output", output)
+    call("augment", "--rows", rows, "--output", output)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
-        call("--rows", rows, "--output", output, "--seed", 1)
+        call("augment", "--rows", rows, "--output", output, "--seed", 1)
     rows.write_text(rows.read_text() + "\n")
     with pytest.raises(ValueError, match=r"other settings \(rows\)"):
-        call("--rows", rows, "--output", output)
+        call("augment", "--rows", rows, "--output", output)
 
 
 def test_held_out_rows_are_never_mixed(rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "rl.jsonl"
-    call("--rows", rows, "--output", output, "--held-out", 0.3)
+    call("augment", "--rows", rows, "--output", output, "--held-out", 0.3)
     validation = {row.id for row in read_rows(tmp_path / "rl.validation.jsonl")}
     assert 0 < len(validation) < 20
     parents = [parent for line in lines(output) for parent in line.get("concatenation", {}).get("parents", [])]
@@ -118,18 +112,12 @@ def test_settings_that_mean_nothing_are_refused_and_leave_no_file(
     rows: Path, tmp_path: Path, wrong: tuple[str, float]
 ) -> None:
     with pytest.raises(ValueError, match=r"lies between 0 and 1|0 or more"):
-        call("--rows", rows, "--output", tmp_path / "out" / "rl.jsonl", *wrong)
+        call("augment", "--rows", rows, "--output", tmp_path / "out" / "rl.jsonl", *wrong)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_a_usable_row_the_reasons_are_given(rows: Path, tmp_path: Path) -> None:
     rows.write_text('{"id": 1}\n')
     with pytest.raises(ValueError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
-        call("--rows", rows, "--output", tmp_path / "rl.jsonl")
+        call("augment", "--rows", rows, "--output", tmp_path / "rl.jsonl")
     assert not list(tmp_path.glob("rl*"))
-
-
-def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("--help")
-    assert "guard-train augment --rows" in capsys.readouterr().out

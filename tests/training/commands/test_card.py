@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from guard_training.commands import card, evaluate
 from guard_training.evaluation.card import BEGIN, END
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    card.add(commands)
-    evaluate.add(commands)
-    given = parser.parse_args([*map(str, arguments)])
-    given.run(given)
+from tests.support.commands import call
 
 
 def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,17 +19,8 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path, capsys: pytest
     others = [{"id": str(n), "request": "harmful" if n else "unharmful"} for n in range(3)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
     figures = tmp_path / "dev.json"
-    call(
-        "evaluate",
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--predictions",
-        f"tfidf={tmp_path}/said.jsonl",
-        "--predictions",
-        f"words={tmp_path}/others.jsonl",
-        "--json",
-        figures,
-    )
+    call("evaluate", "--data", tmp_path / "rows.jsonl", "--predictions", f"tfidf={tmp_path}/said.jsonl",
+         "--predictions", f"words={tmp_path}/others.jsonl", "--json", figures)  # fmt: skip
     (tmp_path / "README.md").write_text(f"# guard\n{BEGIN}\nold\n{END}\n")
     call("card", "--model", tmp_path, "--results", figures)
     text = (tmp_path / "README.md").read_text()
@@ -49,9 +30,3 @@ def test_the_figures_of_evaluate_go_into_the_card(tmp_path: Path, capsys: pytest
     assert "| source | judged | tfidf | words |" in text
     assert "| mean over sources |  | 33.3 / - / - | 66.7 / - / - |" in text
     assert "| tfidf | " in text  # words gives no scores
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("card", "--help")
-    assert "guard-train card --model" in capsys.readouterr().out

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
-from guard_training.commands import corpus
+from guard_training.commands.corpus import LeaksFound
 from guard_training.corpus.rows import CorpusError, read_rows
 from guard_training.corpus.sources.registry import SOURCES
-
-MAIN = """
-import argparse, sys
-from guard_training.commands import corpus
-parser = argparse.ArgumentParser()
-corpus.add(parser.add_subparsers())
-given = parser.parse_args()
-given.run(given)
-"""
-
-
-def run(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    corpus.add(parser.add_subparsers())
-    given = parser.parse_args(["corpus", *map(str, arguments)])
-    given.run(given)
+from guard_training.process import LAUNCH
+from tests.support.commands import call
 
 
 def picture(path: Path, number: int) -> None:
@@ -76,7 +60,7 @@ def test_a_corpus_is_built_from_several_copies(tmp_path: Path, capsys: pytest.Ca
     images = hod(tmp_path / "hod", 10)
     dev = evaluation_set(tmp_path / "dev.jsonl", {"prompt": "Question 3 of 9!", "prompt_label": "unharmful"})
     build = ("build", "--source", f"beavertails={text}", "--source", f"hod={images}", "--output", tmp_path / "out")
-    run(*build, "--against", dev, "--paper-shares", "--seed", 3)
+    call("corpus", *build, "--against", dev, "--paper-shares", "--seed", 3)
     train, test = (read_rows(tmp_path / "out" / name) for name in ("train.jsonl", "harm_image_test.jsonl"))
     # 20 rows less 1 leak, halved; 10 images, 60 %, of which 20 % are the test
     assert [sum(row.source == name for row in train) for name in ("beavertails", "hod")] == [10, 5]
@@ -105,7 +89,7 @@ def test_the_same_command_gives_the_same_corpus_and_another_seed_another(tmp_pat
         "beavertails=0.5",
     )
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(*build, "--output", tmp_path / name, "--seed", seed)
+        call("corpus", *build, "--output", tmp_path / name, "--seed", seed)
     first, again, other = ((tmp_path / name / "train.jsonl").read_text() for name in "abc")
     assert first == again != other
     assert first.count("\n") == 15
@@ -114,7 +98,8 @@ def test_the_same_command_gives_the_same_corpus_and_another_seed_another(tmp_pat
 def test_leaks_can_be_reported_and_kept(tmp_path: Path) -> None:
     text = beavertails(tmp_path / "train.jsonl", 4)
     dev = evaluation_set(tmp_path / "dev.jsonl", {"prompt": "question 3 of 9"})
-    run("build", "--source", f"beavertails={text}", "--output", tmp_path / "out", "--against", dev, "--keep-leaks")
+    call("corpus", "build", "--source", f"beavertails={text}", "--output", tmp_path / "out", "--against", dev,
+         "--keep-leaks")  # fmt: skip
     assert len(read_rows(tmp_path / "out" / "train.jsonl")) == 4
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())["leaks"]) == 1
 
@@ -122,7 +107,7 @@ def test_leaks_can_be_reported_and_kept(tmp_path: Path) -> None:
 def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     count = 400
     images, out = hod(tmp_path / "hod", count), tmp_path / "out"
-    command = [sys.executable, "-c", MAIN, "corpus", "build", "--source", f"hod={images}", "--output", str(out)]
+    command = [*LAUNCH, "corpus", "build", "--source", f"hod={images}", "--output", str(out)]
     part, environment = out / "part-hod-hod.jsonl", {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
@@ -134,7 +119,7 @@ def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     before = part.read_bytes()
     assert 20 <= before.count(b"\n") < count
     assert not (out / "train.jsonl").exists()
-    run("build", "--source", f"hod={images}", "--output", out)
+    call("corpus", "build", "--source", f"hod={images}", "--output", out)
     after = part.read_bytes()
     assert after.startswith(before[: before.rfind(b"\n") + 1])
     assert [row.id for row in read_rows(part)] == [
@@ -146,8 +131,8 @@ def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_check_names_leaks_by_id_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = evaluation_set(tmp_path / "train.jsonl", {"prompt": "how to bake a loaf"}, {"prompt": "how to ride"})
     dev = evaluation_set(tmp_path / "dev.jsonl", {"prompt": "How to bake a loaf?"})
-    with pytest.raises(corpus.LeaksFound, match="1 of 2 training rows are in an evaluation set; --output FILE"):
-        run("check", "--train", train, "--against", dev, "--json", tmp_path / "leaks.json")
+    with pytest.raises(LeaksFound, match="1 of 2 training rows are in an evaluation set; --output FILE"):
+        call("corpus", "check", "--train", train, "--against", dev, "--json", tmp_path / "leaks.json")
     assert json.loads((tmp_path / "leaks.json").read_text()) == [
         {"id": "dev-0", "other": "dev-0", "where": "dev.jsonl", "kind": "text exact", "similarity": 1.0}
     ]
@@ -166,21 +151,12 @@ def test_check_writes_the_rows_that_do_not_leak(tmp_path: Path, capsys: pytest.C
         {"prompt": "ride", "prompt_label": "bad"},
     )
     dev = evaluation_set(tmp_path / "dev.jsonl", {"prompt": "How to bake a loaf?"})
-    run(
-        "check",
-        "--train",
-        train,
-        "--against",
-        dev,
-        "--output",
-        tmp_path / "clean.jsonl",
-        "--cache",
-        tmp_path / "prints",
-    )
+    call("corpus", "check", "--train", train, "--against", dev, "--output", tmp_path / "clean.jsonl",
+         "--cache", tmp_path / "prints")  # fmt: skip
     assert [row.id for row in read_rows(tmp_path / "clean.jsonl")] == ["dev-1"]
     assert "2 rows left out:\n  train.jsonl:4: " in capsys.readouterr().out
     assert (tmp_path / "prints").read_text().count("\n") == 1
-    run("check", "--train", train, "--against", dev, "--output", tmp_path / "elsewhere" / "clean.jsonl")
+    call("corpus", "check", "--train", train, "--against", dev, "--output", tmp_path / "elsewhere" / "clean.jsonl")
     (moved,) = read_rows(tmp_path / "elsewhere" / "clean.jsonl")
     assert moved.image
     assert moved.image.read_bytes() == (tmp_path / "a.png").read_bytes()
@@ -201,17 +177,17 @@ def test_the_papers_benchmarks_are_evaluation_sets_as_they_are_released(tmp_path
         tmp_path / "train.jsonl", {"prompt": "How to bake a loaf?"}, {"prompt": "look", "image": "own.png"}
     )
     check = ("check", "--train", train, "--json", tmp_path / "leaks.json", "--output", tmp_path / "clean.jsonl")
-    run(*check, "--against", folder, "--against-images", tmp_path / "pictures")
+    call("corpus", *check, "--against", folder, "--against-images", tmp_path / "pictures")
     assert [
         (leak["where"], leak["other"], leak["kind"]) for leak in json.loads((tmp_path / "leaks.json").read_text())
     ] == [
         ("ToxicChat.json", "ToxicChat:0", "text exact"),
         ("HarmImageTest.json", "HarmImageTest:0", "image exact"),
     ]
-    run(*check, "--against", folder / "ToxicChat.json")
+    call("corpus", *check, "--against", folder / "ToxicChat.json")
     assert len(json.loads((tmp_path / "leaks.json").read_text())) == 1
     with pytest.raises(CorpusError, match=r"HarmImageTest\.json: no row to compare with: .* its picture is not in"):
-        run(*check, "--against", folder)
+        call("corpus", *check, "--against", folder)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +202,14 @@ def test_an_evaluation_set_that_could_find_no_leak_is_refused(tmp_path: Path, wr
     train, dev = evaluation_set(tmp_path / "train.jsonl", {"prompt": "how to bake"}), tmp_path / "dev.jsonl"
     dev.mkdir() if written is None else dev.write_text(written)
     with pytest.raises(CorpusError, match=reason):
-        run("check", "--train", train, "--against", dev)
+        call("corpus", "check", "--train", train, "--against", dev)
 
 
 def test_stats_prints_tables_and_writes_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = evaluation_set(
         tmp_path / "a.jsonl", {"prompt": "p", "prompt_label": "harmful", "rationale": "Step 1: a\nStep 2: b"}
     )
-    run("stats", rows, "--json", tmp_path / "stats.json")
+    call("corpus", "stats", rows, "--json", tmp_path / "stats.json")
     assert json.loads((tmp_path / "stats.json").read_text())["steps"][0] == {
         "modality": "text", "samples": 1, "steps": 2, "mean_steps": 2.0, "mean_length": 1.0,
     }  # fmt: skip
@@ -241,7 +217,7 @@ def test_stats_prints_tables_and_writes_the_figures(tmp_path: Path, capsys: pyte
 
 
 def test_sources_lists_every_source_with_its_licence_and_label_rule(tmp_path: Path) -> None:
-    run("sources", "--json", tmp_path / "sources.json")
+    call("corpus", "sources", "--json", tmp_path / "sources.json")
     listed = {line["name"]: line for line in json.loads((tmp_path / "sources.json").read_text())}
     paper = "wildguard aegis beavertails toxicchat unsafebench badnews hateful_memes hateful_p_memes hod spa_vl"
     assert {*paper.split(), "guardreasoner_vltrain"} <= set(listed) == set(SOURCES)
@@ -266,7 +242,7 @@ def test_sources_lists_every_source_with_its_licence_and_label_rule(tmp_path: Pa
 )
 def test_a_command_that_cannot_work_says_what_to_change(tmp_path: Path, arguments: list[str], reason: str) -> None:
     with pytest.raises(CorpusError, match=reason):
-        run("build", *arguments, "--output", tmp_path / "out")
+        call("corpus", "build", *arguments, "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -284,12 +260,5 @@ def test_a_share_or_similarity_that_means_nothing_is_refused_before_a_copy_is_re
 ) -> None:
     text = beavertails(tmp_path / "train.jsonl", 2)
     with pytest.raises(ValueError, match=r"between 0 and 1|above 0 and is at most 1"):
-        run("build", "--source", f"beavertails={text}", "--output", tmp_path / "out", *wrong)
+        call("corpus", "build", "--source", f"beavertails={text}", "--output", tmp_path / "out", *wrong)
     assert not list((tmp_path / "out").glob("part-*"))
-
-
-@pytest.mark.parametrize("part", ["", "build", "check", "stats", "sources"])
-def test_the_help_shows_an_example(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(*part.split(), "--help")
-    assert f"guard-train corpus {part or 'build'}" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -15,21 +14,14 @@ from typing import Any, Literal
 
 import pytest
 
-from guard_training.commands import evaluate
 from guard_training.corpus.rows import Skipped
 from guard_training.evaluation import measure
 from guard_training.evaluation.outcomes import read_outcomes
+from tests.support.commands import call
 
 SCRIPTED = Path(__file__).parents[2] / "support" / "scripted_worker.py"
 RUN = (sys.executable, str(SCRIPTED), "--exit-with-parent", "--socket")
 SECRET = "MARKER-OF-A-ROW"
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser(prog="guard-train")
-    evaluate.add(parser.add_subparsers())
-    given = parser.parse_args(["evaluate", *map(str, arguments)])
-    given.run(given)
 
 
 @pytest.fixture
@@ -62,18 +54,8 @@ def test_one_run_writes_figures_outcomes_and_report_and_names_bad_rows(
     scripted: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    call(
-        "--data",
-        data,
-        "--model",
-        "any",
-        "--json",
-        out / "a.json",
-        "--outcomes",
-        out / "a.jsonl",
-        "--report",
-        out / "a.html",
-    )
+    call("evaluate", "--data", data, "--model", "any", "--json", out / "a.json", "--outcomes", out / "a.jsonl",
+         "--report", out / "a.html")  # fmt: skip
     printed = capsys.readouterr().out
     summary = json.loads((out / "a.json").read_text())
     assert (summary["data"], summary["limit"], summary["rows"], summary["model"]) == (
@@ -110,7 +92,9 @@ def test_categories_are_left_out_and_the_figures_say_so(tmp_path: Path) -> None:
     ]
     data = lines(tmp_path / "rows.jsonl", rows)
     said = lines(tmp_path / "said.jsonl", [{"id": f"r{n}", "request": "harmful"} for n in range(3)])
-    call("--data", data, "--predictions", f"a={said}", "--leave-out", "Advice", "--json", tmp_path / "a.json")
+    call(
+        "evaluate", "--data", data, "--predictions", f"a={said}", "--leave-out", "Advice", "--json", tmp_path / "a.json"
+    )
     summary = json.loads((tmp_path / "a.json").read_text())
     assert (summary["rows"], summary["data"]) == (2, "rows.jsonl without Advice")
 
@@ -122,10 +106,12 @@ def test_other_guards_stand_in_the_same_table_and_against_ours(
     better = [{"id": f"r{n}", "request_score": 0.9 if n % 2 == 0 else 0.1} for n in range(24)]
     better_file = lines(tmp_path / "tfidf.jsonl", better)
     first = tmp_path / "old.json"
-    call("--data", data, "--predictions", f"tfidf={better_file}", "--json", first, "--outcomes", tmp_path / "old.jsonl")
+    call("evaluate", "--data", data, "--predictions", f"tfidf={better_file}", "--json", first,
+         "--outcomes", tmp_path / "old.jsonl")  # fmt: skip
     assert json.loads(first.read_text())["means"]["f1"]["value"] == 1.0
     new, report = tmp_path / "new.json", tmp_path / "new.html"
     call(
+        "evaluate",
         *("--data", data, "--model", "any", "--predictions", f"tfidf={better_file}"),
         *("--against", first, "--json", new, "--report", report, "--limit", "10"),
     )
@@ -152,7 +138,7 @@ def test_the_papers_benchmarks(
     ]
     (tmp_path / "SafeRLHF.json").write_text(json.dumps(answered))
     out, live = tmp_path / "a.json", tmp_path / "live.jsonl"
-    call("--benchmark", tmp_path, "--model", "any", "--json", out, "--outcomes", live)
+    call("evaluate", "--benchmark", tmp_path, "--model", "any", "--json", out, "--outcomes", live)
     if mode == "paper":
         capsys.readouterr()
         # the outputs of the same guard, not in the one form
@@ -160,7 +146,8 @@ def test_the_papers_benchmarks(
             {"id": one.id, "output": f"so: request: {one.request} response: {one.response}"}
             for one in read_outcomes(live, Skipped())
         ]
-        call("--benchmark", tmp_path, "--predictions", f"g={lines(live, said)}", "--mode", "paper", "--json", out)
+        call("evaluate", "--benchmark", tmp_path, "--predictions", f"g={lines(live, said)}", "--mode", "paper",
+             "--json", out)  # fmt: skip
     summary = json.loads(out.read_text())
     assert summary["mode"] == mode
     assert summary["benchmarks"]["request"]["benchmarks"][0]["f1"] == pytest.approx(200 / 3)
@@ -172,15 +159,11 @@ def test_the_papers_benchmarks(
 
 
 _DRIVER = """
-import argparse, sys
-from guard_training.commands import evaluate
+from guard_training.cli import main
 from guard_training.evaluation import measure
 measure._command = lambda _, socket, calibrated: [*{run!r}, socket]
 measure.identity = lambda model: ("scripted", "0")
-parser = argparse.ArgumentParser()
-evaluate.add(parser.add_subparsers())
-given = parser.parse_args(sys.argv[1:])
-given.run(given)
+raise SystemExit(main())
 """
 
 
@@ -238,7 +221,7 @@ def test_a_wrong_input_is_refused_with_the_remedy(data: Path, tmp_path: Path, ar
         "folder": tmp_path,
     }
     with pytest.raises(ValueError, match=why):
-        call(*(one.format(**places) for one in arguments))
+        call("evaluate", *(one.format(**places) for one in arguments))
 
 
 @pytest.mark.parametrize("option", ["--limit", "--concurrency"])
@@ -247,13 +230,5 @@ def test_a_count_below_one_is_a_wrong_command_line(
     option: str, value: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        call("--data", data, "--model", "nano", option, value)
+        call("evaluate", "--data", data, "--model", "nano", option, value)
     assert option in capsys.readouterr().err
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("--help")
-    printed = capsys.readouterr().out
-    assert "guard-train evaluate --data dev.jsonl.gz --model nano" in printed
-    assert "--against" in printed

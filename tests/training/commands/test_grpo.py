@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -12,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from guard_training.commands import grpo
 from guard_training.tuning.settings import RecipeError
+from tests.support.commands import call
 
 QUIET = dict(identical_max=2, distinct_ratio=0, format_min=-1, length_ratio=99, truncated_max=2, gap_growth=9)
 
@@ -43,17 +42,10 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
-def _run(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    grpo.add(parser.add_subparsers())
-    given = parser.parse_args(["grpo", *map(str, arguments)])
-    given.run(given)
-
-
 def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
     recipe: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _run("--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
+    call("grpo", "--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
     said = " ".join(capsys.readouterr().out.split())
     assert "1 rows left out: rows.jsonl:5:" in said
     assert "CPU: 4 steps" in said
@@ -61,7 +53,7 @@ def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
     made = {file.name for file in (tmp_path / "out" / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "guard.json"} <= made
     assert list((tmp_path / "out" / "runs").rglob("events.out.tfevents*"))
-    _run("--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
+    call("grpo", "--rows", rows, "--recipe", recipe, "--output", tmp_path / "out", "--cpu")
     assert "is finished" in capsys.readouterr().out
 
 
@@ -85,7 +77,7 @@ def test_two_processes_share_a_rollout_of_both_modalities(recipe: Path, rows: Pa
 def test_a_dry_run_checks_the_real_architecture_without_weights(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _run("--recipe", name, "--dry-run", "--output", tmp_path / "out")
+    call("grpo", "--recipe", name, "--dry-run", "--output", tmp_path / "out")
     said = capsys.readouterr().out
     assert "46 updates" in said
     assert "8192 completions per rollout" in " ".join(said.split())
@@ -97,7 +89,7 @@ def test_a_dry_run_checks_the_real_architecture_without_weights(
 def test_a_dry_run_names_the_rows_it_left_out(
     recipe: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _run("--rows", rows, "--recipe", recipe, "--dry-run", "--output", tmp_path / "out")
+    call("grpo", "--rows", rows, "--recipe", recipe, "--dry-run", "--output", tmp_path / "out")
     said = " ".join(capsys.readouterr().out.split())
     assert "1 rows left out: rows.jsonl:5:" in said
 
@@ -105,7 +97,7 @@ def test_a_dry_run_names_the_rows_it_left_out(
 def test_a_rehearsal_does_two_updates_and_prints_seconds_and_memory(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _run("--recipe", recipe, "--rehearse", "--output", tmp_path / "out")
+    call("grpo", "--recipe", recipe, "--rehearse", "--output", tmp_path / "out")
     said = " ".join(capsys.readouterr().out.split())
     first, second = (float(x) for x in said.split(" took ")[1].split(" s ")[0].split(", "))
     assert first > 0
@@ -126,10 +118,4 @@ def test_mistakes_are_told_with_their_remedy(
     arguments: list[str], error: type[Exception], words: str, recipe: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=words):
-        _run("--recipe", recipe, "--output", tmp_path / "out", *arguments)
-
-
-def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _run("--help")
-    assert "guard-train grpo --rows rl.jsonl" in capsys.readouterr().out
+        call("grpo", "--recipe", recipe, "--output", tmp_path / "out", *arguments)

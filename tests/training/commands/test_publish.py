@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import pytest
 
 from guard_middleware.worker.weights import load
-from guard_training.commands import publish
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import summarise
 from guard_training.evaluation.outcomes import Outcome, blank
 from guard_training.update import hub, processes, revision
+from tests.support.commands import call
 from tests.tiny_model import make_folder
 
 
@@ -29,13 +28,6 @@ def results(guard: Path, tmp_path: Path) -> Path:
     file = tmp_path / "dev.json"
     file.write_text(json.dumps({"data": "dev.jsonl", "limit": 5, **summarise(outcomes, model="s", revision=name)}))
     return file
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    publish.add(parser.add_subparsers())
-    given = parser.parse_args(["publish", *map(str, arguments)])
-    given.run(given)
 
 
 def rows(path: Path, count: int, start: int = 0) -> Path:
@@ -63,6 +55,7 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("epochs: 3\n")
     call(
+        "publish",
         *(guard, "--results", results, "--recipe", recipe, "--data", rows(tmp_path / "train.jsonl", 6)),
         *("--calibration", rows(tmp_path / "kept.jsonl", 60), "--licence", "mit", "--date", "2026-11-21"),
         *("--output", tmp_path / "revision"),
@@ -80,15 +73,15 @@ def test_a_bare_guard_becomes_a_revision_that_can_be_copied_and_pushed(
     assert calibration["label"]["request"]["rows"] == 54
     pushed: list[Any] = []
     monkeypatch.setattr(hub, "push", lambda *given, **more: pushed.append((given, more)) or "https://hub/a/b")
-    call(tmp_path / "revision", "--output", tmp_path / "copy", "--to-hub", "a/b", "--private")
+    call("publish", tmp_path / "revision", "--output", tmp_path / "copy", "--to-hub", "a/b", "--private")
     assert "https://hub/a/b" in capsys.readouterr().out
     assert pushed[0][0][:2] == (tmp_path / "revision", "a/b")
     assert pushed[0][1] == {"private": True}
     revision.verify(tmp_path / "copy")
-    call(tmp_path / "revision", "--output", tmp_path / "copy")
+    call("publish", tmp_path / "revision", "--output", tmp_path / "copy")
     (tmp_path / "copy" / "SHA256SUMS").write_text("")
     with pytest.raises(ValueError, match="exists and is another"):
-        call(tmp_path / "revision", "--output", tmp_path / "copy")
+        call("publish", tmp_path / "revision", "--output", tmp_path / "copy")
 
 
 def test_a_push_that_failed_is_tried_again_by_the_same_command(
@@ -97,19 +90,19 @@ def test_a_push_that_failed_is_tried_again_by_the_same_command(
     given = (guard, "--results", results, "--licence", "mit", "--output", tmp_path / "revision", "--to-hub", "a/b")
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="no token"):
-        call(*given)
+        call("publish", *given)
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "revision").iterdir()}
     monkeypatch.setattr(hub, "push", lambda *given, **more: "https://hub/a/b")
-    call(*given)
+    call("publish", *given)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "revision").iterdir()} == made
     with pytest.raises(ValueError, match="exists; delete it"):
-        call(*given, "--limits", results)
+        call("publish", *given, "--limits", results)
 
 
 def test_a_copy_that_was_cut_off_is_made_whole(
     guard: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call(guard, "--results", results, "--output", tmp_path / "revision")
+    call("publish", guard, "--results", results, "--output", tmp_path / "revision")
     copied: list[str] = []
 
     def cut(source: str, place: str) -> None:
@@ -120,17 +113,17 @@ def test_a_copy_that_was_cut_off_is_made_whole(
 
     monkeypatch.setattr("shutil.copy2", cut)
     with pytest.raises(KeyboardInterrupt):
-        call(tmp_path / "revision", "--output", tmp_path / "copy")
+        call("publish", tmp_path / "revision", "--output", tmp_path / "copy")
     monkeypatch.undo()
     assert not (tmp_path / "copy").exists()
-    call(tmp_path / "revision", "--output", tmp_path / "copy")
+    call("publish", tmp_path / "revision", "--output", tmp_path / "copy")
     revision.verify(tmp_path / "copy")
 
 
 def test_nothing_is_pushed_of_a_folder_that_is_no_whole_revision(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "push", lambda *given, **more: pytest.fail("pushed"))
     with pytest.raises(ValueError, match="SHA256SUMS"):
-        call(guard, "--to-hub", "a/b")
+        call("publish", guard, "--to-hub", "a/b")
 
 
 @pytest.mark.parametrize(
@@ -149,11 +142,5 @@ def test_mistakes_are_told_with_their_remedy(
     (tmp_path / "stale.json").write_text(json.dumps(stale))
     names = {"results": results, "out": tmp_path / "out", **{n: tmp_path / f"{n}.json" for n in ("other", "stale")}}
     with pytest.raises(ValueError, match=words):
-        call(guard, *(one.format(**names) for one in arguments))
+        call("publish", guard, *(one.format(**names) for one in arguments))
     assert not (tmp_path / "out").exists()
-
-
-def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("--help")
-    assert "guard-train publish out/update/revision --output" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,18 +10,11 @@ import torch
 from PIL import Image
 
 from guard_middleware.worker.weights import NANO
-from guard_training.commands import reject
 from guard_training.corpus.rows import CorpusError, read_rows
 from guard_training.rowfile import OutputError
+from tests.support.commands import call
 
 WORDS = ["how do I bake bread", "how do I pick a lock", "hello there", "write a poem about rain", "rob the house"]
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    reject.add(parser.add_subparsers())
-    given = parser.parse_args(["reject", *map(str, arguments)])
-    given.run(given)
 
 
 def lines(path: Path) -> list[dict]:  # type: ignore[type-arg]
@@ -57,7 +49,7 @@ def rows(tmp_path: Path) -> Path:
         for n in range(8)
     ]
     found += [
-        {"id": "pair", "source": "pairs", "prompt": "hi", "prompt_label": "unharmful", "response": "Hello!",
+        {"id": "pair", "source": "set [/x]", "prompt": "hi", "prompt_label": "unharmful", "response": "Hello!",
          "response_label": "unharmful"},
         {"id": "image", "source": "pictures", "prompt": "", "prompt_label": "unharmful", "image": "noise.png"},
         {"id": "gone", "source": "pictures", "prompt": "", "prompt_label": "harmful", "image": "gone.png"},
@@ -74,7 +66,8 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
     guard: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out" / "hard.jsonl"
-    call("--rows", rows, "--model", guard, "--output", output, "--json", tmp_path / "s.json", "--keep-all-images")
+    call("reject", "--rows", rows, "--model", guard, "--output", output, "--json", tmp_path / "s.json",
+         "--keep-all-images")  # fmt: skip
     counts = {line["id"]: line for line in lines(tmp_path / "out" / "hard.counts.jsonl")}
     assert set(counts) == {*(f"r{n}" for n in range(8)), "pair", "image"}
     assert all(len(line["tokens"]) == 4 and 0 <= line["right"] <= 4 for line in counts.values())
@@ -89,10 +82,11 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
     groups = json.loads((tmp_path / "s.json").read_text())
     assert [(g["source"], g["rows"]) for g in groups if g["source"] != "all"] == [
         ("made", 8),
-        ("pairs", 1),
         ("pictures", 1),
+        ("set [/x]", 1),
     ]
     shown = capsys.readouterr().out
+    assert "set [/x]" in shown
     assert "5 rows left out" in shown
     for reason in (
         "rows.jsonl:15: not a labelled row",
@@ -107,13 +101,13 @@ def test_hard_rows_are_kept_and_everything_else_is_counted(
 def test_a_killed_run_draws_what_it_would_have_drawn(guard: Path, rows: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "a" / "hard.jsonl", tmp_path / "b" / "hard.jsonl"
     common = ("--rows", rows, "--model", guard, "--batch", 8, "--k", 2, "--max-new-tokens", 14, "--keep", "0..2")
-    call(*common, "--output", whole)
-    call(*common, "--output", cut)
+    call("reject", *common, "--output", whole)
+    call("reject", *common, "--output", cut)
     journal = cut.with_name("hard.counts.jsonl")
     kept = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(kept[:5]) + kept[5][:9])
     cut.unlink()
-    call(*common, "--output", cut)
+    call("reject", *common, "--output", cut)
     assert cut.read_bytes() == whole.read_bytes()
     assert journal.read_bytes() == whole.with_name("hard.counts.jsonl").read_bytes()
 
@@ -122,22 +116,22 @@ def test_the_selection_changes_without_sampling_again(
     guard: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "hard.jsonl"
-    call("--rows", rows, "--model", guard, "--output", output, "--keep", "0..4")
+    call("reject", "--rows", rows, "--model", guard, "--output", output, "--keep", "0..4")
     assert len(lines(output)) == 10
     monkeypatch.setattr("guard_training.tuning.sampling.TransformersSampler", None)
-    call("--rows", rows, "--model", guard, "--output", output, "--keep", "0..4", "--max-rows", 3)
+    call("reject", "--rows", rows, "--model", guard, "--output", output, "--keep", "0..4", "--max-rows", 3)
     assert len(lines(output)) == 3
     with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
-        call("--rows", rows, "--model", guard, "--output", output, "--temperature", 0.5)
+        call("reject", "--rows", rows, "--model", guard, "--output", output, "--temperature", 0.5)
 
 
 def test_an_image_that_was_not_there_is_sampled_when_it_is(guard: Path, rows: Path, tmp_path: Path) -> None:
     output = tmp_path / "hard.jsonl"
     common = ("--rows", rows, "--model", guard, "--output", output, "--keep", "0..4")
-    call(*common)
+    call("reject", *common)
     before = lines(tmp_path / "hard.counts.jsonl")
     (rows.parent / "gone.png").write_bytes((rows.parent / "noise.png").read_bytes())
-    call(*common)
+    call("reject", *common)
     after = lines(tmp_path / "hard.counts.jsonl")
     assert after[:-1] == before
     assert after[-1]["id"] == "gone"
@@ -148,7 +142,8 @@ def test_a_guard_that_is_served_with_a_reader_is_asked_with_what_it_reads(rows: 
     only = rows.with_name("only.jsonl")
     picked = [line for line in rows.read_text().splitlines() if '"id": "image"' in line]
     only.write_text("\n".join(picked) + "\n")
-    call("--rows", only, "--model", "nano", "--output", tmp_path / "hard.jsonl", "--k", 1, "--max-new-tokens", 4)
+    call("reject", "--rows", only, "--model", "nano", "--output", tmp_path / "hard.jsonl", "--k", 1,
+         "--max-new-tokens", 4)  # fmt: skip
     assert len(lines(tmp_path / "hard.drawn.jsonl")) == 1
     assert json.loads((tmp_path / "hard.counts.jsonl.settings.json").read_text())["reader"] is True
 
@@ -161,20 +156,20 @@ def test_what_cannot_be_meant_is_refused_before_the_model_loads(  # type: ignore
     guard: Path, rows: Path, tmp_path: Path, arguments, reason
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", *arguments)
+        call("reject", "--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", *arguments)
 
 
 def test_a_file_that_reject_did_not_write_is_not_written_over(guard: Path, rows: Path) -> None:
     before = rows.read_bytes()
     with pytest.raises(OutputError, match=r"rows\.jsonl exists and no rows\.counts\.jsonl says how it was made"):
-        call("--rows", rows, "--model", guard, "--output", rows)
+        call("reject", "--rows", rows, "--model", guard, "--output", rows)
     assert rows.read_bytes() == before
 
 
 def test_without_a_usable_row_the_reasons_are_given(guard: Path, rows: Path, tmp_path: Path) -> None:
     rows.write_text('{"id": 1}\n')
     with pytest.raises(CorpusError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
-        call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
+        call("reject", "--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
     assert not (tmp_path / "hard.counts.jsonl").exists()
 
 
@@ -183,7 +178,7 @@ def test_rows_that_all_cannot_be_asked_leave_an_empty_file(
 ) -> None:
     gone = [line for line in rows.read_text().splitlines() if '"gone"' in line]
     rows.write_text("\n".join(gone) + "\n")
-    call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
+    call("reject", "--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl")
     assert (tmp_path / "hard.jsonl").read_text() == ""
     assert "rows.jsonl:1: gone: gone.png is no" in capsys.readouterr().out
 
@@ -191,10 +186,4 @@ def test_rows_that_all_cannot_be_asked_leave_an_empty_file(
 @pytest.mark.parametrize("option", ["--k", "--batch", "--max-rows", "--max-new-tokens"])
 def test_a_number_below_one_is_refused(guard: Path, rows: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit):
-        call("--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", option, 0)
-
-
-def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("--help")
-    assert "guard-train reject --rows" in capsys.readouterr().out
+        call("reject", "--rows", rows, "--model", guard, "--output", tmp_path / "hard.jsonl", option, 0)

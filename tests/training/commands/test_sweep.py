@@ -1,21 +1,13 @@
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from guard_training.commands import sweep
+from tests.support.commands import call
 from tests.tiny_model import make_folder
-
-
-def _run(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    sweep.add(parser.add_subparsers())
-    given = parser.parse_args(["sweep", *map(str, arguments)])
-    given.run(given)
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def test_a_sweep_from_rows_to_the_plot_and_again_without_work(
     bad.write_text(rows.read_text() + "no row\n")
     arguments = ("--rows", bad, "--data", rows, "--recipe", recipe, "--output", tmp_path / "out")
     arguments = (*arguments, "--variants", "full", "image only")
-    _run(*arguments)
+    call("sweep", *arguments)
     said = " ".join(capsys.readouterr().out.split())
     assert "not trained: 0 usable rows" in said
     assert "1 rows left out: bad.jsonl:5:" in said
@@ -54,7 +46,7 @@ def test_a_sweep_from_rows_to_the_plot_and_again_without_work(
         ("before RL", False), ("full", False), ("image only", True),
     ]  # fmt: skip
     made = (tmp_path / "out" / "full" / "model" / "model.safetensors").stat().st_mtime_ns
-    _run(*arguments)
+    call("sweep", *arguments)
     assert (tmp_path / "out" / "full" / "model" / "model.safetensors").stat().st_mtime_ns == made
     assert json.loads((tmp_path / "out" / "ablations.json").read_text())["variants"] == done
 
@@ -72,10 +64,4 @@ def test_mistakes_are_told_with_their_remedy(arguments: list[str], words: str, r
     (tmp_path / "bad.jsonl").write_text("no row\n")
     arguments = [one.format(bad=tmp_path / "bad.jsonl") for one in arguments]
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){words}"):
-        _run("--rows", rows, "--data", rows, "--output", tmp_path / "out", *arguments)
-
-
-def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _run("--help")
-    assert "guard-train sweep --rows rl.jsonl" in capsys.readouterr().out
+        call("sweep", "--rows", rows, "--data", rows, "--output", tmp_path / "out", *arguments)

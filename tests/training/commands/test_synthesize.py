@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -11,7 +10,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -30,11 +28,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from guard_middleware.guard.parse import completion, parse
-from guard_training.commands import corpus, synthesize
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import read_rows
+from guard_training.process import LAUNCH
 from guard_training.rowfile import OutputError
 from guard_training.tuning.contract import target
+from tests.support.commands import call
 
 _NO_COMPLETIONS = {
     "page": ("text/html", "<html>a web page</html>"),
@@ -124,12 +123,9 @@ def asks(number: int, word: str = "") -> list[dict[str, Any]]:
     ]
 
 
-def call(rows: Path, output: Path, url: str, *more: object, yes: bool = True) -> None:
-    parser = argparse.ArgumentParser()
-    synthesize.add(parser.add_subparsers())
-    words = ["synthesize", "--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, *more]
-    given = parser.parse_args([*map(str, words), *(["--yes"] if yes else [])])
-    given.run(given)
+def teach(rows: Path, output: Path, url: str, *more: object, yes: bool = True) -> None:
+    words = ("--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, *more)
+    call("synthesize", *words, *(["--yes"] if yes else []))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +151,7 @@ def test_rows_get_rationales_that_the_guards_form_takes(
     path = rows_file(tmp_path, rows)
     Image.new("RGB", (300, 100), "red").save(path.parent / "wide.png")
     output = tmp_path / "out" / "taught.jsonl"
-    call(path, output, url, "--image-side", 150, "--price-prompt", 2, "--price-completion", 10)
+    teach(path, output, url, "--image-side", 150, "--price-prompt", 2, "--price-completion", 10)
 
     taught = {row.id: row for row in read_rows(output)}
     assert set(taught) == {"r0", "r1", "r2", "pair", "seen", "done"}
@@ -200,16 +196,12 @@ def test_what_has_no_label_is_decided_by_the_teacher_and_can_be_trained_on(
         {"image": {"bytes": picture.getvalue()}, "question": q, "chosen": "A", "rejected": "B"} for q in questions
     ]
     parquet.write_table(pa.Table.from_pylist(spa_vl), tmp_path / "train-0.parquet")
-    parser = argparse.ArgumentParser()
-    corpus.add(parser.add_subparsers())
-    words = ["corpus", "build", "--source", f"spa_vl={tmp_path / 'train-0.parquet'}", "--output", str(tmp_path)]
-    given = parser.parse_args(words)
-    given.run(given)
+    call("corpus", "build", "--source", f"spa_vl={tmp_path / 'train-0.parquet'}", "--output", tmp_path)
     pair = {"id": "pair", "source": "made", "prompt": "hi", "response": "Hello!", "response_label": "unharmful"}
     half = {**pair, "id": "half", "rationale": "Written of the answer alone."}
     rows, output = tmp_path / "train.jsonl", tmp_path / "taught.jsonl"
     rows.write_text(rows.read_text() + json.dumps(pair) + "\n" + json.dumps(half) + "\n")
-    call(rows, output, url)
+    teach(rows, output, url)
 
     asked = [body["messages"][1]["content"][-1]["text"].split("Verdict:\n")[1] for body in scripted.bodies]
     assert Counter(asked) == {
@@ -235,7 +227,7 @@ def test_an_answer_that_is_refused_is_asked_for_again_and_told_why(
     teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, fault: str
 ) -> None:
     scripted, url = teacher
-    call(rows_file(tmp_path, asks(1, f"[{word} 2]")), tmp_path / "taught.jsonl", url)
+    teach(rows_file(tmp_path, asks(1, f"[{word} 2]")), tmp_path / "taught.jsonl", url)
     (line,) = lines(tmp_path / "taught.jsonl")
     assert line["synthesis"]["attempts"] == 3
     assert f"answers refused: {fault} 2" in capsys.readouterr().out
@@ -248,29 +240,29 @@ def test_a_row_that_never_gets_a_good_answer_is_given_up_and_only_asked_again_on
 ) -> None:
     scripted, url = teacher
     rows, output = rows_file(tmp_path, asks(2, "[broken 4]")), tmp_path / "taught.jsonl"
-    call(rows, output, url, "--attempts", 2)
+    teach(rows, output, url, "--attempts", 2)
     given_up = lines(tmp_path / "taught.invalid.jsonl")
     assert sorted(line["id"] for line in given_up) == ["r0", "r1"]
     assert [len(line["reasons"]) for line in given_up] == [2, 2]
     assert "2 rows given up" in capsys.readouterr().out
-    call(rows, output, url, "--attempts", 2)
+    teach(rows, output, url, "--attempts", 2)
     assert len(scripted.bodies) == 4
-    call(rows, output, url, "--attempts", 4, "--again")
+    teach(rows, output, url, "--attempts", 4, "--again")
     assert sorted(line["id"] for line in lines(output)) == ["r0", "r1"]
     assert lines(tmp_path / "taught.invalid.jsonl") == []
 
 
 def test_longer_answers_are_not_mixed_with_shorter_ones(teacher: Teacher, tmp_path: Path) -> None:
     rows, output = rows_file(tmp_path, asks(2)), tmp_path / "taught.jsonl"
-    call(rows, output, teacher[1])
+    teach(rows, output, teacher[1])
     with pytest.raises(OutputError, match="max_tokens"):
-        call(rows, output, teacher[1], "--max-tokens", 99)
+        teach(rows, output, teacher[1], "--max-tokens", 99)
 
 
 def test_retry_after_holds_back_every_request(teacher: Teacher, tmp_path: Path) -> None:
     scripted, url = teacher
     rows = [*asks(1, "[busy 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(12)]]
-    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 1)
+    teach(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 1)
     assert len(lines(tmp_path / "taught.jsonl")) == 13
     assert len(scripted.bodies) == 14
     assert scripted.times[1] - scripted.times[0] >= 0.3
@@ -280,7 +272,7 @@ def test_while_a_teacher_is_busy_nobody_asks(teacher: Teacher, tmp_path: Path) -
     scripted, url = teacher
     scripted.seconds = 0.02
     rows = [*asks(1, "[busy 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(30)]]
-    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 2)
+    teach(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url, "--concurrency", 2)
     assert len(lines(tmp_path / "taught.jsonl")) == 31
     gaps = [later - earlier for earlier, later in zip(scripted.times, scripted.times[1:], strict=False)]
     assert max(gaps) > 0.2
@@ -294,17 +286,17 @@ def test_a_server_error_is_repeated_and_one_that_stays_is_left_for_the_next_run(
     rows = [*asks(1, "[down 1]"), {"id": "never", "prompt": "[down 2]", "prompt_label": "harmful"}]
     path, output = rows_file(tmp_path, rows), tmp_path / "taught.jsonl"
     with pytest.raises(ValueError, match="1 rows were out of the teacher's reach"):
-        call(path, output, url, "--repeats", 1)
+        teach(path, output, url, "--repeats", 1)
     assert [line["id"] for line in lines(output)] == ["r0"]
     assert lines(tmp_path / "taught.invalid.jsonl") == []
-    call(path, output, url, "--repeats", 1)
+    teach(path, output, url, "--repeats", 1)
     assert {line["id"] for line in lines(output)} == {"r0", "never"}
 
 
 def test_what_the_api_refuses_for_one_row_is_that_rows_fault(teacher: Teacher, tmp_path: Path) -> None:
     _, url = teacher
     rows = [*asks(1), {"id": "bad", "prompt": "[wrong 9]", "prompt_label": "harmful"}]
-    call(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url)
+    teach(rows_file(tmp_path, rows), tmp_path / "taught.jsonl", url)
     assert lines(tmp_path / "taught.invalid.jsonl") == [{"id": "bad", "reasons": ["the API answered 400"]}]
 
 
@@ -316,7 +308,7 @@ def test_a_teacher_that_cannot_be_had_ends_the_run(teacher: Teacher, tmp_path: P
     scripted, url = teacher
     path = rows_file(tmp_path, asks(60, f"[{word} 9]"))
     with pytest.raises(ValueError, match=reason):
-        call(path, tmp_path / "taught.jsonl", url, "--concurrency", 4, "--repeats", 0)
+        teach(path, tmp_path / "taught.jsonl", url, "--concurrency", 4, "--repeats", 0)
     assert len(scripted.bodies) <= most
 
 
@@ -326,15 +318,15 @@ def test_what_is_no_completion_leaves_the_row_for_the_next_run(teacher: Teacher,
     output = tmp_path / "taught.jsonl"
     reach = r"1 rows were out of the teacher's reach \((what came back is no chat completion|JSONDecodeError)\)"
     with pytest.raises(ValueError, match=reach):
-        call(rows, output, teacher[1])
+        teach(rows, output, teacher[1])
     assert [line["id"] for line in lines(output)] == ["r0"]
-    call(rows, output, teacher[1])
+    teach(rows, output, teacher[1])
     assert {line["id"] for line in lines(output)} == {"r0", "odd"}
 
 
 def test_a_server_that_knows_only_the_older_name_of_the_bound_is_asked_by_it(teacher: Teacher, tmp_path: Path) -> None:
     scripted, url = teacher
-    call(rows_file(tmp_path, asks(8, "[older 99]")), tmp_path / "taught.jsonl", url, "--concurrency", 4)
+    teach(rows_file(tmp_path, asks(8, "[older 99]")), tmp_path / "taught.jsonl", url, "--concurrency", 4)
     assert len(lines(tmp_path / "taught.jsonl")) == 8
     assert {body.get("max_tokens") for body in scripted.bodies[-4:]} == {1200}
     assert lines(tmp_path / "taught.invalid.jsonl") == []
@@ -343,7 +335,7 @@ def test_a_server_that_knows_only_the_older_name_of_the_bound_is_asked_by_it(tea
 def test_no_server_at_all_ends_the_run_too(tmp_path: Path) -> None:
     path = rows_file(tmp_path, asks(30))
     with pytest.raises(ValueError, match="20 requests in a row failed, the last with: APIConnectionError"):
-        call(path, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", "--repeats", 0)
+        teach(path, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", "--repeats", 0)
 
 
 def test_requests_of_a_minute_are_bounded_repeats_included(
@@ -353,7 +345,7 @@ def test_requests_of_a_minute_are_bounded_repeats_included(
     monkeypatch.setattr("guard_training.synthesis.limits.WINDOW", 0.5)
     rows = rows_file(tmp_path, [*asks(1, "[down 1]"), *[{**row, "id": f"o{row['id']}"} for row in asks(5)]])
     start = time.monotonic()
-    call(rows, tmp_path / "taught.jsonl", url, "--requests-per-minute", 3)
+    teach(rows, tmp_path / "taught.jsonl", url, "--requests-per-minute", 3)
     assert len(scripted.bodies) == 7
     # Six rows fit into two windows; the repeat needs the third.
     assert time.monotonic() - start >= 1.0
@@ -364,11 +356,7 @@ def test_a_killed_run_goes_on_and_pays_for_no_row_twice(teacher: Teacher, tmp_pa
     scripted.seconds = 0.1
     rows, output = rows_file(tmp_path, asks(40)), tmp_path / "taught.jsonl"
     words = ["--rows", rows, "--output", output, "--teacher", "scripted", "--base-url", url, "--concurrency", "4"]
-    program = (
-        "import argparse, sys; from guard_training.commands import synthesize as s; p = argparse.ArgumentParser(); "
-        "s.add(p.add_subparsers()); g = p.parse_args(['synthesize', *sys.argv[1:]]); g.run(g)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, *map(str, words), "--yes"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*LAUNCH, "synthesize", *map(str, words), "--yes"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (output.exists() and output.read_bytes().count(b"\n") >= 6):
         time.sleep(0.01)
@@ -377,7 +365,7 @@ def test_a_killed_run_goes_on_and_pays_for_no_row_twice(teacher: Teacher, tmp_pa
     done = output.read_bytes().count(b"\n")
     assert 6 <= done < 40
     scripted.seconds = 0.0
-    call(rows, output, url, "--concurrency", 4)
+    teach(rows, output, url, "--concurrency", 4)
     assert Counter(line["id"] for line in lines(output)) == {f"r{n}": 1 for n in range(40)}
     assert 40 <= len(scripted.bodies) <= 44
 
@@ -388,7 +376,7 @@ def test_a_second_row_of_an_id_is_named_and_not_paid_for(
     scripted, url = teacher
     taught = {"id": "r1", "prompt": "other", "prompt_label": "harmful", "rationale": "It asks."}
     rows = rows_file(tmp_path, [*asks(2), *asks(1), taught])
-    call(rows, tmp_path / "taught.jsonl", url)
+    teach(rows, tmp_path / "taught.jsonl", url)
     assert sorted(line["id"] for line in lines(tmp_path / "taught.jsonl")) == ["r0", "r1"]
     assert len(scripted.bodies) == 2
     shown = capsys.readouterr().out
@@ -399,7 +387,7 @@ def test_a_second_row_of_an_id_is_named_and_not_paid_for(
 def test_without_a_usable_row_the_reasons_are_given(tmp_path: Path) -> None:
     rows = rows_file(tmp_path, [{"id": ""}])
     with pytest.raises(ValueError, match=r"no usable row; 1 rows left out:\n  rows\.jsonl:1: not a labelled row"):
-        call(rows, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1")
+        teach(rows, tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1")
     assert not list(tmp_path.glob("taught*"))
 
 
@@ -407,7 +395,7 @@ def test_more_bad_rows_than_are_shown_are_all_named_in_a_file(
     teacher: Teacher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = rows_file(tmp_path, [*asks(1), *[{"id": f"b{n}", "prompt": "", "image": "no.png"} for n in range(9)]])
-    call(rows, tmp_path / "taught.jsonl", teacher[1])
+    teach(rows, tmp_path / "taught.jsonl", teacher[1])
     assert f"... and 4 more: {tmp_path / 'taught.skipped.txt'}" in capsys.readouterr().out
     assert (tmp_path / "taught.skipped.txt").read_text().splitlines() == [
         f"rows.jsonl:{n + 2}: b{n}: no.png is no readable image" for n in range(9)
@@ -417,7 +405,7 @@ def test_more_bad_rows_than_are_shown_are_all_named_in_a_file(
 @pytest.mark.parametrize("wrong", [("--limit", 0), ("--concurrency", 0), ("--requests-per-minute", -1)])
 def test_numbers_that_mean_nothing_are_refused(tmp_path: Path, wrong: tuple[str, int]) -> None:
     with pytest.raises(SystemExit):
-        call(tmp_path / "rows.jsonl", tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", *wrong)
+        teach(tmp_path / "rows.jsonl", tmp_path / "taught.jsonl", "http://127.0.0.1:9/v1", *wrong)
 
 
 def test_a_dry_run_shows_the_cost_and_asks_nobody(
@@ -426,11 +414,11 @@ def test_a_dry_run_shows_the_cost_and_asks_nobody(
     scripted, url = teacher
     path = rows_file(tmp_path, [*asks(4), {"id": "i", "prompt": "", "prompt_label": "harmful", "image": "i.png"}])
     Image.new("RGB", (280, 56)).save(path.parent / "i.png")
-    call(path, tmp_path / "taught.jsonl", url, "--dry-run", yes=False)
+    teach(path, tmp_path / "taught.jsonl", url, "--dry-run", yes=False)
     shown = capsys.readouterr().out
     assert re.search(r"5 .* 1 .* 1,400 .* unknown", shown)
     assert "--price-prompt" in shown
-    call(path, tmp_path / "taught.jsonl", url, "--dry-run", "--price-prompt", 0, "--price-completion", 100, yes=False)
+    teach(path, tmp_path / "taught.jsonl", url, "--dry-run", "--price-prompt", 0, "--price-completion", 100, yes=False)
     assert re.search(r"1,400 .* 0\.14", capsys.readouterr().out)
     assert scripted.bodies == []
     assert not (tmp_path / "taught.jsonl").exists()
@@ -440,9 +428,9 @@ def test_a_dry_run_over_what_is_no_output_of_this_command_changes_nothing(teache
     path = rows_file(tmp_path, asks(2))
     path.write_text(path.read_text().rstrip("\n"))
     before = path.read_bytes()
-    call(path, path, teacher[1], "--dry-run", yes=False)
+    teach(path, path, teacher[1], "--dry-run", yes=False)
     with pytest.raises(OutputError, match="exists and no"):
-        call(path, path, teacher[1])
+        teach(path, path, teacher[1])
     assert path.read_bytes() == before
 
 
@@ -455,7 +443,7 @@ def test_a_filter_that_refuses_many_rows_in_a_row_does_not_end_a_run_that_had_an
         {**asks(1)[0], "id": "z"},
     ]
     output = tmp_path / "taught.jsonl"
-    call(rows_file(tmp_path, rows), output, teacher[1], "--concurrency", 1)
+    teach(rows_file(tmp_path, rows), output, teacher[1], "--concurrency", 1)
     assert [line["id"] for line in lines(output)] == ["r0", "z"]
     assert len(lines(tmp_path / "taught.invalid.jsonl")) == 25
 
@@ -476,7 +464,7 @@ def test_somebody_must_agree_before_anything_is_asked(  # type: ignore[no-untype
     monkeypatch.setattr("sys.stdin", stdin)
     path = rows_file(tmp_path, [*asks(1), {"id": "bare"}])
     with pytest.raises(ValueError, match=reason) if reason else contextlib.nullcontext():
-        call(path, tmp_path / "taught.jsonl", url, yes=False)
+        teach(path, tmp_path / "taught.jsonl", url, yes=False)
     assert len(scripted.bodies) == asked
     shown = capsys.readouterr().out
     assert "without a label" in shown
@@ -485,19 +473,6 @@ def test_somebody_must_agree_before_anything_is_asked(  # type: ignore[no-untype
 
 def test_without_a_key_openai_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    parser = argparse.ArgumentParser()
-    synthesize.add(parser.add_subparsers())
     path = rows_file(tmp_path, asks(1))
-    given = parser.parse_args(
-        ["synthesize", "--rows", str(path), "--output", str(tmp_path / "o.jsonl"), "--teacher", "gpt", "--yes"]
-    )
     with pytest.raises(ValueError, match="no key in OPENAI_API_KEY"):
-        given.run(given)
-
-
-def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    synthesize.add(parser.add_subparsers())
-    with pytest.raises(SystemExit):
-        parser.parse_args(["synthesize", "--help"])
-    assert "guard-train synthesize --rows" in capsys.readouterr().out
+        call("synthesize", "--rows", path, "--output", tmp_path / "o.jsonl", "--teacher", "gpt", "--yes")

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from guard_training.commands import tower
 from guard_training.nano.curriculum import TowerError
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    tower.add(parser.add_subparsers())
-    given = parser.parse_args(["tower", *map(str, arguments)])
-    given.run(given)
+from tests.support.commands import call
 
 
 def test_a_run_stopped_by_its_minutes_goes_on_to_its_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "tower"
     size = ("--steps", 2, "--measured", 2, "--patches", 64)
-    call("--output", output, *size, "--minutes", 0)
+    call("tower", "--output", output, *size, "--minutes", 0)
     assert "stopped at step 0 of 2; the same command with --resume goes on" in capsys.readouterr().out
     with pytest.raises(TowerError, match="--resume"):
-        call("--output", output, *size)
-    call("--output", output, *size, "--resume")
+        call("tower", "--output", output, *size)
+    call("tower", "--output", output, *size, "--resume")
     figures = json.loads((output / "curve.json").read_text())
     (point,) = figures["curve"]
     assert (point["step"], point["stage"]) == (2, "lines")
@@ -39,11 +31,5 @@ def test_data_without_pictures_is_refused_before_training(tmp_path: Path) -> Non
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"id": "a", "source": "made", "prompt": "bread", "prompt_label": "unharmful"}) + "\n")
     with pytest.raises(ValueError, match="no labelled picture"):
-        call("--output", tmp_path / "tower", "--steps", 2, "--data", rows)
+        call("tower", "--output", tmp_path / "tower", "--steps", 2, "--data", rows)
     assert not (tmp_path / "tower").exists()
-
-
-def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("--help")
-    assert "guard-train tower --output out/tower --minutes 25" in capsys.readouterr().out

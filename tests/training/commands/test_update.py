@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guard_middleware.worker.weights import load
-from guard_training.commands import publish, update
+from guard_training.process import LAUNCH
 from guard_training.update import pipeline
+from tests.support.commands import call
 from tests.tiny_model import make_folder
-
-#: guard-train with the one command that starts itself again
-LAUNCH = (
-    f"{sys.executable} -c 'import argparse, sys; from guard_training.commands import update; "
-    "parser = argparse.ArgumentParser(); update.add(parser.add_subparsers()); "
-    "given = parser.parse_args(sys.argv[1:]); given.run(given)'"
-)
-
-
-def call(*arguments: object) -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    update.add(commands)
-    publish.add(commands)
-    given = parser.parse_args([str(one) for one in arguments])
-    given.run(given)
 
 
 def write(path: Path, lines: list[Any]) -> Path:
@@ -98,7 +81,6 @@ def test_what_is_typed_becomes_the_plan(
     ("arguments", "words"),
     [
         (["update"], "--corrections, --evaluate, --golden, --output"),
-        (["--date", "today"], "--date today"),
         (["--set", "banana=1"], "banana"),
         (["--replay-share", "1"], "--replay-share"),
         (["--model", "nowhere/none/at/all"], "no such folder"),
@@ -114,14 +96,6 @@ def test_mistakes_are_told_with_their_remedy(
         call(*whole)
 
 
-def test_the_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        call("update", "--help")
-    said = capsys.readouterr().out
-    assert "guard-train update --model nano --corrections corrections.jsonl" in said
-    assert "--stage" not in said
-
-
 @pytest.mark.slow
 def test_a_whole_update_with_real_training_and_real_workers(
     files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -130,7 +104,7 @@ def test_a_whole_update_with_real_training_and_real_workers(
     guard = make_folder(tmp_path / "guard")
     (guard / "guard.json").write_text('{"name": "small", "max_new_tokens": 8}')
     again = (
-        *typed(files, tmp_path / "out"), "--model", guard, "--recipe", "sft-nano", "--launch", LAUNCH,
+        *typed(files, tmp_path / "out"), "--model", guard, "--recipe", "sft-nano", "--launch", " ".join(LAUNCH),
         *("--set", "reader=false", "--set", "epochs=1", "--set", "global_batch=2", "--set", "batch_per_device=2"),
         *("--set", "cutoff=900", "--concurrency", "2"),
     )  # fmt: skip

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from guard_training.corpus.rows import (
     CorpusError,
@@ -94,6 +96,19 @@ def test_reasons_that_are_not_shown_go_to_a_file_which_the_next_run_takes_away(t
     assert Skipped(["x"] * 7).report(tmp_path / "not there" / "skipped.txt").endswith("... and 2 more")
     assert Skipped(["r: x"]).report(file) == "1 rows left out:\n  r: x"
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "quiet", "told"),
+    [(["[/x]"], False, "1 rows left out:\n  [/x]\n"), ([], False, ""), (["x"] * 7, True, "")],
+)
+def test_what_was_left_out_is_told_once_where_there_is_anything(
+    reasons: list[str], quiet: bool, told: str, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO(), quiet=quiet)
+    Skipped(reasons).tell(console, tmp_path / "skipped.txt")
+    assert console.file.getvalue() == told  # type: ignore[attr-defined]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def test_labels_are_counted_by_source_and_modality_on_both_sides() -> None:
     assert [(line.rationales, line.licence) for line in found] == [(1, "MIT"), (1, ""), (0, "")]
 
 
+def test_a_bracket_in_a_name_stands_in_the_table_as_it_is() -> None:
+    console = Console(file=io.StringIO(), width=150)
+    console.print(labels_table(statistics([Row("1", "set [/x]", "hi", "harmful", licence="CC [b]")])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "set [/x]" in shown
+    assert "CC [b]" in shown
+
+
 def test_nothing_has_no_means() -> None:
     assert [(line.samples, line.mean_steps, line.mean_length) for line in statistics([]).steps] == [(0, None, None)] * 4
 

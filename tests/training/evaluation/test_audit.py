@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,25 +10,19 @@ from guard_middleware.errors import ConfigError
 from guard_middleware.guard.prompt import render
 from guard_middleware.types import Label
 from guard_middleware.worker.engine import GuardPrompt
-from guard_middleware.worker.weights import resolve
+from guard_middleware.worker.weights import NANO, resolve
 from guard_middleware.worker.windows import plan
-from guard_training.commands import audit as command
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import Row
 from guard_training.evaluation import audit
 from guard_training.evaluation.probe import Case, Probe, Written, half, intervene, prefill_text
 from guard_training.tuning.contract import load_contract
+from tests.support.commands import call
 
 
 @pytest.fixture(scope="module")
 def probe() -> Probe:
     return Probe(resolve("nano"), device="cpu")
-
-
-def _parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    return parser.parse_args(["audit", *arguments])
 
 
 def _written(id: str, reasoning: str, label: Label, *, answered: bool = False) -> Written:
@@ -98,8 +92,10 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     rows += [{"id": "p1", "source": "talk", "prompt": "hi", **answer}]
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n")
-    given = _parse("--data", str(data), "--model", "nano", "--output", str(output))
-    command.run(given)
+    model = tmp_path / "set [/x]"
+    shutil.copytree(NANO, model)
+    given = ("audit", "--data", data, "--model", model, "--output", output)
+    call(*given)
     report = json.loads((output / "report.json").read_text())
     assert report["rows"] == 5
     assert report["left_out"] == {"shown before": 1, "longer than one window": 1, "bad rows": 2}
@@ -116,6 +112,7 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
     assert page.count("<img") == 1
     assert "<dt>of these, against the verdict</dt>" in page
     assert "bake" not in page
+    assert "set [/x]" in printed
     assert "opposite" in printed
     assert "rows.jsonl:9" in printed
     assert "none.png is no readable" in printed
@@ -132,7 +129,7 @@ def test_the_command_audits_nano_and_goes_on_from_what_it_knows(
 
     monkeypatch.setattr(Probe, "label_scores", counted)
     monkeypatch.setattr(Probe, "generate_batch", None)
-    command.run(given)
+    call(*given)
     assert asked == [1]
     again = json.loads((output / "report.json").read_text())
     assert again["contradicts"] == report["contradicts"]
@@ -156,7 +153,7 @@ def test_a_contradiction_between_steps_and_verdict_is_counted() -> None:
 def test_a_model_that_is_none_is_said_so(model: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(audit.AuditError, match=r"no such folder|no hub id"):
-        command.run(_parse("--data", str(tmp_path / "rows.jsonl"), "--model", model, "--output", str(tmp_path / "o")))
+        call("audit", "--data", tmp_path / "rows.jsonl", "--model", model, "--output", tmp_path / "o")
     with pytest.raises(ConfigError):
         resolve(model)
 
@@ -164,10 +161,4 @@ def test_a_model_that_is_none_is_said_so(model: str, tmp_path: Path) -> None:
 def test_data_without_a_row_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(audit.AuditError, match="no row that fits"):
-        command.run(_parse("--data", str(tmp_path / "rows.jsonl"), "--model", "nano", "--output", str(tmp_path / "o")))
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _parse("--help")
-    assert "guard-train audit --data" in capsys.readouterr().out
+        call("audit", "--data", tmp_path / "rows.jsonl", "--model", "nano", "--output", tmp_path / "o")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guard_training.commands import bias as command
 from guard_training.corpus.rows import Skipped
 from guard_training.evaluation.bias import BiasError, agreement, compare, count, kappa, read_teacher
 from guard_training.evaluation.outcomes import Outcome, write_outcomes
+from tests.support.commands import call
 
 _LABEL: dict[int, Any] = {0: "unharmful", 1: "harmful"}
-
-
-def _parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    return parser.parse_args(["bias", *arguments])
 
 
 def _outcome(id: str, truth: int | None, said: int | None, source: str = "locks") -> Outcome:
@@ -105,21 +98,10 @@ def test_a_teacher_is_read_in_each_of_its_forms_and_bad_lines_are_named(tmp_path
 
 def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes, teacher, out = (tmp_path / name for name in ("nano.jsonl", "teacher.jsonl", "new/bias.json"))
-    write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4)) for n in range(10)])
+    write_outcomes(outcomes, [_outcome(str(n), n % 2, int(n > 4), "set [/x]") for n in range(10)])
     outcomes.write_text(outcomes.read_text() + "no\n")
     teacher.write_text("".join(f'{{"id": "{n}", "request": "{_LABEL[int(n > 4)]}"}}\n' for n in range(10)) + "no\n")
-    command.run(
-        _parse(
-            "--outcomes",
-            str(outcomes),
-            "--teacher",
-            str(teacher),
-            "--json",
-            str(out),
-            "--report",
-            str(tmp_path / "b.html"),
-        )
-    )
+    call("bias", "--outcomes", outcomes, "--teacher", teacher, "--json", out, "--report", tmp_path / "b.html")
     page = (tmp_path / "b.html").read_text()
     assert "wrong, teacher wrong" in page
     assert page.count("<img") == 1
@@ -128,7 +110,7 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert entry["student_and_teacher"]["kappa"]["value"] == 1.0
     assert sum(map(sum, entry["table"])) == 10
     printed = capsys.readouterr().out
-    assert "locks" in printed
+    assert "set [/x]" in printed
     assert "teacher.jsonl:11" in printed
     assert "nano.jsonl:11" in printed
 
@@ -138,10 +120,4 @@ def test_files_without_a_common_row_are_said_so(tmp_path: Path) -> None:
     write_outcomes(outcomes, [_outcome("1", 1, 1)])
     teacher.write_text('{"id": "2", "request": "harmful"}\n')
     with pytest.raises(BiasError, match="share no row"):
-        command.run(_parse("--outcomes", str(outcomes), "--teacher", str(teacher)))
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _parse("--help")
-    assert "guard-train bias --outcomes" in capsys.readouterr().out
+        call("bias", "--outcomes", outcomes, "--teacher", teacher)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -10,23 +9,17 @@ import pytest
 import yaml
 
 from guard_middleware.worker.weights import NANO
-from guard_training.commands import generalise as command
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import generalise
 from guard_training.evaluation.generalise import Fold, GeneraliseError, Said, figures, linear, read_groups, train_guard
 from guard_training.evaluation.tfidf import BaselineError
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
 from guard_training.rowfile import OutputError
+from tests.support.commands import call, parse
 
 HARM = ("pick a lock", "steal a bicycle", "forge a ticket", "trick a neighbour", "break a window", "cheat in a test")
 GOOD = ("bake a loaf", "paint a fence", "plant a tree", "tune a guitar", "fold a shirt", "clean a window")
 ENDS = ("at night", "in a hurry", "with a friend", "by the sea", "on a Sunday")
-
-
-def _parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    return parser.parse_args(["generalise", *arguments])
 
 
 def _corpus(folder: Path) -> tuple[Path, Recipe]:
@@ -116,25 +109,27 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, recipe = _corpus(tmp_path / "data")
-    with (data / "rows.jsonl").open("a") as lines:
-        lines.write("no row\n")
+    rows = data / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("wants_", "set [/x]_") + "no row\n")
     file, output = _write(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
-    given = _parse(
+    given = (
+        "generalise",
         *("--data", str(data), "--recipe", file, "--output", str(output), "--quick"),
-        *("--groups", "asks_harmful+asks_unharmful", "wants_harmful"),
+        *("--groups", "asks_harmful+asks_unharmful", "set [/x]_harmful"),
     )
-    command.run(given)
+    call(*given)
     report = json.loads((output / "report.json").read_text())
     assert [(entry["group"], entry["source"]) for entry in report["entries"]] == [
         ("asks_harmful+asks_unharmful", "asks_harmful"),
         ("asks_harmful+asks_unharmful", "asks_unharmful"),
-        ("wants_harmful", "wants_harmful"),
+        ("set [/x]_harmful", "set [/x]_harmful"),
     ]
     assert report["means"][0]["auc"]["n"] == 3
     said = capsys.readouterr().out
     assert "mean over sources" in said
+    assert "set [/x]_harmful" in said
     page = (output / "report.html").read_text()
-    assert '<td class="word">wants_harmful</td>' in page
+    assert '<td class="word">set [/x]_harmful</td>' in page
     assert page.count("<img") == 1
     assert "1 rows left out" in said
     assert "rows.jsonl:181" in said
@@ -150,8 +145,8 @@ def test_the_quick_command_prints_every_fold_and_does_none_twice(
         return fit(fold)
 
     monkeypatch.setattr(generalise, "linear", counted)
-    command.run(given)
-    assert done == ["wants_harmful"]
+    call(*given)
+    assert done == ["set [/x]_harmful"]
     assert json.loads((output / "report.json").read_text()) == report
 
 
@@ -198,11 +193,12 @@ def test_a_guard_that_is_trained_is_asked_about_what_it_never_saw(
     folder = tmp_path / "out" / "folds" / "asks_harmful+asks_unharmful"
     # as if this fold's training had ended with nano's weights
     monkeypatch.setattr(generalise, "LAUNCH", ("/bin/sh", "-c", f'mkdir -p "$4" && ln -s {NANO} "$4/model"'))
-    given = _parse(
+    given = (
+        "generalise",
         *("--data", str(data), "--recipe", _write(recipe, tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")),
         *("--groups", folder.name, "--limit", "6", "--concurrency", "2"),
     )
-    command.run(given)
+    call(*given)
     entries = json.loads((tmp_path / "out" / "report.json").read_text())["entries"]
     assert [entry["model"] for entry in entries] == ["linear", "linear", recipe.name, recipe.name]
     assert all(entry["rows"] == 6 and entry["errors"] == 0 for entry in entries)
@@ -211,11 +207,5 @@ def test_a_guard_that_is_trained_is_asked_about_what_it_never_saw(
 
 
 def test_options_of_the_training_go_after_two_dashes() -> None:
-    given = _parse("--data", "d", "--groups", "a", "b+c", "--", "--wordnet", "w")
+    given = parse("generalise", "--data", "d", "--groups", "a", "b+c", "--", "--wordnet", "w")
     assert (given.groups, given.options) == (["a", "b+c"], ["--wordnet", "w"])
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _parse("--help")
-    assert "guard-train generalise --data" in capsys.readouterr().out

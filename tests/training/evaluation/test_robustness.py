@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from guard_training.commands import robustness as command
+from guard_middleware.worker.weights import NANO
 from guard_training.corpus.rows import Row
 from guard_training.evaluation import measure, robustness
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.perturb import PerturbError, Variant
 from guard_training.evaluation.robustness import paired_change
-
-
-def _parse(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add(parser.add_subparsers())
-    return parser.parse_args(["robustness", *arguments])
+from tests.support.commands import call
 
 
 def test_the_paired_change_counts_what_was_gained_and_lost() -> None:
@@ -72,12 +67,16 @@ def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
     rows += [{"id": "l1", "source": "locks", "prompt": "how do I pick a lock", "prompt_label": "harmful"}]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": "bad"}\n')
-    output = tmp_path / "out"
-    given = _parse(
-        *("--data", str(data), "--model", "nano", "--output", str(output)),
+    output, model = tmp_path / "out", tmp_path / "guard"
+    shutil.copytree(NANO, model, ignore=shutil.ignore_patterns("calibration.json"))
+    stated = json.loads((model / "guard.json").read_text())
+    (model / "guard.json").write_text(json.dumps({**stated, "name": "set [/x]"}))
+    given = (
+        "robustness",
+        *("--data", data, "--model", model, "--output", output),
         *("--groups", "encoding", "typography", "--concurrency", "4"),
     )
-    command.run(given)
+    call(*given)
     report = json.loads((output / "report.json").read_text())
     names = [entry["name"] for entry in report["variants"]]
     assert names == ["as it is", "typography", "typography_list", "base64", "rot13", "leetspeak"]
@@ -87,6 +86,7 @@ def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
     assert page.count("<img") == 1
     assert "typography_list" in page
     assert "pick a lock" not in page
+    assert "set [/x]" in printed
     assert "typography_list" in printed
     assert "rows.jsonl:5" in printed
     answers = output / "answers.jsonl"
@@ -96,26 +96,24 @@ def test_the_command_asks_nano_and_goes_on_from_what_it_knows(
 
     # Killed while it wrote the last line: that one is asked again, the others are not.
     answers.write_text(whole[:-20])
-    command.run(given)
+    call(*given)
     assert "23 of 24 rows are in" in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text()) == report
     # Everything is known: no worker starts at all.
     monkeypatch.setattr(measure, "worker", None)
-    command.run(given)
+    call(*given)
 
 
 def test_a_model_that_is_none_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": "1", "source": "s", "prompt": "hi", "prompt_label": "harmful"}\n')
-    given = _parse("--data", str(tmp_path / "rows.jsonl"), "--model", "./nowhere", "--output", str(tmp_path / "o"))
     with pytest.raises(ValueError, match="no such folder"):
-        command.run(given)
+        call("robustness", "--data", tmp_path / "rows.jsonl", "--model", "./nowhere", "--output", tmp_path / "o")
 
 
 def test_data_without_a_subject_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": "1", "source": "s", "prompt": "hi", "prompt_label": null}\n')
-    given = _parse("--data", str(tmp_path / "rows.jsonl"), "--model", "nano", "--output", str(tmp_path / "o"))
     with pytest.raises(PerturbError, match="no row has text and a label"):
-        command.run(given)
+        call("robustness", "--data", tmp_path / "rows.jsonl", "--model", "nano", "--output", tmp_path / "o")
 
 
 @pytest.mark.parametrize("groups", [["translation"], ["typography", "--side", "response"]])
@@ -123,23 +121,6 @@ def test_a_group_that_gives_nothing_to_ask_is_said_so(tmp_path: Path, groups: li
     row = {"id": "1", "source": "s", "prompt": "hi", "prompt_label": "harmful"}
     row |= {"response": "ho", "response_label": "unharmful"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    given = _parse(
-        *(
-            "--data",
-            str(tmp_path / "rows.jsonl"),
-            "--model",
-            "nano",
-            "--output",
-            str(tmp_path / "o"),
-            "--groups",
-            *groups,
-        )
-    )
+    given = ("--data", tmp_path / "rows.jsonl", "--model", "nano", "--output", tmp_path / "o", "--groups", *groups)
     with pytest.raises(PerturbError, match="--translations FILE"):
-        command.run(given)
-
-
-def test_help_shows_how_to_call_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        _parse("--help")
-    assert "guard-train robustness --data" in capsys.readouterr().out
+        call("robustness", *given)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -12,12 +11,12 @@ import pytest
 from PIL import Image
 
 from guard_middleware.errors import GuardError, GuardErrorKind
-from guard_training.commands import baseline
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import tfidf
 from guard_training.evaluation.predictions import read_predictions
 from guard_training.nano.recipe import default_recipe, read_recipe
 from guard_training.nano.rows import Rows
+from tests.support.commands import call
 
 WORDS = "apple river stone cloud paper glass music garden window bridge candle harbour meadow ladder".split()
 DEEDS = ("pick a lock", "forge a ticket", "bake a loaf", "paint a fence")
@@ -120,12 +119,7 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
     dev.write_text("".join(json.dumps(line) + "\n" for line in lines[:8]))
     seen: list[Rows] = []
     monkeypatch.setattr(tfidf, "train", lambda rows, *more: seen.append(rows) or _train(rows, *more))
-    parser = argparse.ArgumentParser()
-    baseline.add(parser.add_subparsers())
-    given = parser.parse_args(
-        ["baseline", "--data", str(train), "--evaluate", str(dev), "--output", str(tmp_path / "out" / "t.jsonl")]
-    )
-    given.run(given)
+    call("baseline", "--data", train, "--evaluate", dev, "--output", tmp_path / "out" / "t.jsonl")
     learnt = {row.id for row in seen[0].prompts}
     assert not learnt & {line["id"] for line in lines[:8]}
     assert len(learnt) > 60
@@ -150,11 +144,8 @@ def test_an_image_that_the_reader_cannot_read_is_named_and_its_row_answered(
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"id": "1", "source": "s", "prompt": "see", "prompt_label": "harmful", "image": "a.png"}
     (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n")
-    parser = argparse.ArgumentParser()
-    baseline.add(parser.add_subparsers())
-    files = ["--data", "train.jsonl", "--evaluate", str(tmp_path / "dev.jsonl"), "--output", str(tmp_path / "t.jsonl")]
-    given = parser.parse_args(["baseline", *files, "--read-images"])
-    given.run(given)
+    files = ("--data", "train.jsonl", "--evaluate", tmp_path / "dev.jsonl", "--output", tmp_path / "t.jsonl")
+    call("baseline", *files, "--read-images")
     assert "dev.jsonl:1: 1: its image is not read (media: an image" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "t.jsonl").read_text())["id"] == "1"
 

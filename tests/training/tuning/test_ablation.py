@@ -11,7 +11,7 @@ from rich.console import Console
 
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.tuning import ablation
-from guard_training.tuning.ablation import BEFORE, FULL, VARIANTS, folder_of, plot, run, table, write
+from guard_training.tuning.ablation import BEFORE, FULL, VARIANTS, folder_of, plot, run, sheet, write
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import RecipeError, read_settings, recipe_path
 
@@ -60,7 +60,7 @@ class _Sweep:
 
 def _text(results: Any) -> str:
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table(results))
+    console.print(sheet(results).rich())
     console.file.close()
     return console.export_text()
 

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from guard_training.corpus.rows import Row, row_to_json
+from guard_training.process import LAUNCH
 from guard_training.tuning.contract import load_model
 
 pytestmark = pytest.mark.slow
@@ -22,15 +23,6 @@ pytestmark = pytest.mark.slow
 SECONDS = 200.0
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-COMMAND = """
-import argparse
-from guard_training.commands import sft
-
-parser = argparse.ArgumentParser()
-sft.add(parser.add_subparsers())
-given = parser.parse_args()
-given.run(given)
-"""
 #: Two ranks, every block of both towers sharded; rank 0 has text only. Argument: the guard's folder.
 SHARDED = """
 import os, sys
@@ -93,13 +85,11 @@ def test_two_processes_train_what_one_trains(folder: Path, data: Path, tmp_path:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(value))
     command = ("sft", "--recipe", recipe, "--data", data, "--cpu", "--output")
-    script = tmp_path / "command.py"
-    script.write_text(COMMAND)
-    two = _launch(script, *command, tmp_path / "two")
+    two = _launch("-m", "guard_training", *command, tmp_path / "two")
     assert two.returncode == 0, two.stderr[-3000:]
     assert "8 rows" in two.stdout
     one = subprocess.run(
-        [sys.executable, str(script), *map(str, command), str(tmp_path / "one")],
+        [*LAUNCH, *map(str, command), str(tmp_path / "one")],
         env=ENVIRONMENT, timeout=SECONDS, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert one.returncode == 0, one.stderr[-3000:]
@@ -135,8 +125,7 @@ def test_a_run_killed_for_good_goes_on_with_the_same_losses(folder: Path, data: 
     value |= dict(model=str(folder), reader=False, epochs=20, global_batch=4, batch_per_device=4, save_every=1,
                   cutoff=900, max_pixels=None, log_every=1, keep_checkpoints=3)  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(value))
-    (tmp_path / "command.py").write_text(COMMAND)
-    command = [sys.executable, str(tmp_path / "command.py"), "sft", "--recipe", str(tmp_path / "tiny.yaml"), "--data",
+    command = [*LAUNCH, "sft", "--recipe", str(tmp_path / "tiny.yaml"), "--data",
                str(data), "--cpu", "--output"]  # fmt: skip
     run = subprocess.Popen([*command, str(tmp_path / "cut")], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "cut" / "checkpoints"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 _ABOUT = """\
 Asks whether a guard's reasoning bears on its verdict. Every row is judged once as it is served; then the label is
@@ -22,12 +22,7 @@ report.html (figures only).
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "audit",
-        help="does the reasoning bear on the verdict?",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = subcommand(commands, "audit", "does the reasoning bear on the verdict?", _ABOUT)
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help="rows, .jsonl or .jsonl.gz")
     command.add_argument("--model", required=True, help="nano, a folder, or a hub id")
     command.add_argument("--limit", type=count, metavar="N", help="at most N rows of each source, drawn from the seed")

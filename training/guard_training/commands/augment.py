@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from guard_training.commands import count
+from guard_training.commands import count, subcommand, terminal
 from guard_training.tuning.concatenation import ACROSS, LAYOUTS, ORDERS, PAIRINGS
 
 _ABOUT = """\
@@ -25,12 +24,7 @@ A mix's line also holds "concatenation": {"parents", "sources", "fillers", "layo
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    augment = commands.add_parser(
-        "augment",
-        help="mix hard rows into harder ones",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    augment = subcommand(commands, "augment", "mix hard rows into harder ones", _ABOUT)
     arg = augment.add_argument
     arg("--rows", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     arg("--output", type=Path, required=True, metavar="FILE", help="rows and mixes; images go to images/ beside it")
@@ -65,7 +59,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from rich.console import Console
 
     from guard_training.tuning.augmentation import augment
     from guard_training.tuning.concatenation import Options
@@ -88,5 +81,5 @@ def run(given: argparse.Namespace) -> None:
         seed=given.seed,
         held_out_share=given.held_out,
         separator=given.separator,
-        console=Console(width=None if sys.stdout.isatty() else 150),
+        console=terminal(),
     )

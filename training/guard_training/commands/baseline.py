@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from guard_training.commands import subcommand, terminal
 
 _ABOUT = """\
 The baseline of the results table: TF-IDF of words with a logistic regression, trained on nano's rows (the bank and the
@@ -20,12 +21,7 @@ stopped starts again (what the reader found is kept beside the output).
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    baseline = commands.add_parser(
-        "baseline",
-        help="TF-IDF and logistic regression, for the same table",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    baseline = subcommand(commands, "baseline", "TF-IDF and logistic regression, for the same table", _ABOUT)
     arg = baseline.add_argument
     arg("--data", type=Path, nargs="+", required=True, metavar="FILE", help="labelled rows to train on")
     arg("--evaluate", type=Path, nargs="+", required=True, metavar="FILE", help="labelled rows to answer")
@@ -40,10 +36,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     import json
 
-    from rich.console import Console
     from rich.progress import Progress
 
     from guard_middleware.errors import GuardError
+    from guard_middleware.guard.reader import Reader
     from guard_training.corpus.rows import Skipped, read_good_rows
     from guard_training.evaluation.measure import usable
     from guard_training.evaluation.tfidf import predict, train, training_rows
@@ -51,7 +47,7 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.nano.recipe import default_recipe, read_recipe
     from guard_training.rowfile import write_whole
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal()
     skipped = Skipped()
     recipe = read_recipe(given.recipe or default_recipe())
     asked = usable([row for path in given.evaluate for row in read_good_rows(path, skipped)], skipped)
@@ -63,8 +59,6 @@ def run(given: argparse.Namespace) -> None:
         rows = training_rows(given.data, recipe, [*given.evaluate, *given.against], skipped)
         progress.advance(task)
         if given.read_images:
-            from guard_middleware.guard.reader import Reader
-
             given.output.parent.mkdir(parents=True, exist_ok=True)
             read = DrawnText(given.output.with_name(f"{given.output.name}.drawn.jsonl"), Reader().read)
             for row in progress.track([row for row in asked if row.image], description="reading images"):
@@ -82,7 +76,7 @@ def run(given: argparse.Namespace) -> None:
     console.print(
         f"{len(rows.prompts)} requests and {len(rows.pairs)} answers learnt; {len(lines)} rows answered, threshold "
         f"{baseline.request.threshold:.2f}: {given.output}",
+        markup=False,
         highlight=False,
     )
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)

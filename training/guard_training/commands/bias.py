@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import terminal
+from guard_training.commands import subcommand, terminal
 
 _ABOUT = """\
 Compares a guard's verdicts with the labels of its data and with those of its teacher: how often each is right, how
@@ -21,12 +21,7 @@ rows; rows of data ("prompt_label", "response_label") and outcomes of the teache
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "bias",
-        help="compare a guard's errors with its teacher's",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = subcommand(commands, "bias", "compare a guard's errors with its teacher's", _ABOUT)
     command.add_argument("--outcomes", type=Path, required=True, metavar="FILE", help="what evaluate wrote")
     command.add_argument("--teacher", type=Path, required=True, metavar="FILE", help="JSONL of the teacher's labels")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")

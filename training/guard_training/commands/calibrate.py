@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from guard_middleware.worker.weights import ModelFacts
@@ -35,10 +35,7 @@ _MEASURED_ON = re.compile(r"(^|[^a-z])(dev|test|eval|evaluation|golden|benchmark
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser(
-        "calibrate", help="calibrate a guard's scores", description=_ABOUT, formatter_class=raw
-    )
+    command = subcommand(commands, "calibrate", "calibrate a guard's scores", _ABOUT)
     option = command.add_argument
     option("--model", type=Path, required=True, metavar="DIR", help="the guard's folder")
     option("--data", type=Path, required=True, nargs="+", metavar="FILE", help="labelled rows")
@@ -78,7 +75,7 @@ def run(given: argparse.Namespace) -> None:
             calibrated=False,
         )
     if "label" not in outcomes:
-        console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated")
+        console.print(f"{facts.name} has no form without reasoning; its label scores are not calibrated", markup=False)
     found = calibration(facts.revision, **outcomes)
     columns = (
         "mode",
@@ -94,8 +91,7 @@ def run(given: argparse.Namespace) -> None:
     )
     sheet = Sheet(f"Calibration of {facts.name} {facts.revision}", columns, tuple(_lines(found)), left=2)
     console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
     write_json(found, given.output)
     if given.report:
         _report(given, facts, found, outcomes, sheet, skipped)
@@ -165,5 +161,5 @@ def _report(
     about += [("Rows", f"{rows}, at most {given.limit} of a source")]
     write_report(
         given.report,
-        page(f"Calibration of {facts.name}", facts.name, sections, facts=about, skipped=skipped.summary(shown=50)),
+        page(f"Calibration of {facts.name}", sections, facts=about, skipped=skipped.summary(shown=50)),
     )

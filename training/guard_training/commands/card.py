@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from guard_training.commands import subcommand
+
 _ABOUT = """\
 Writes the figures of `guard-train evaluate --json` into a model card (README.md in the model's folder), between
 the lines `<!-- results:begin -->` and `<!-- results:end -->`. What --predictions of other models gave stands beside
@@ -16,12 +18,7 @@ the guard's, source by source.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    card = commands.add_parser(
-        "card",
-        help="write results into a model card",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    card = subcommand(commands, "card", "write results into a model card", _ABOUT)
     card.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model's folder")
     card.add_argument("--results", type=Path, required=True, nargs="+", metavar="FILE", help="evaluate's JSON files")
     card.set_defaults(run=run)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from guard_training.commands import terminal
+from guard_training.commands import subcommand, terminal
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from guard_training.corpus.sources.parts import Given, Part
 
 _T = TypeVar("_T")
-_WIDTH = 150
 _ABOUT = """\
 Makes corpora of labelled rows from public data sets, keeps evaluation sets out of them, and describes them.
 
@@ -73,17 +72,14 @@ class LeaksFound(ValueError):
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    corpus = commands.add_parser(
-        "corpus", help="build and check training corpora", description=_ABOUT, formatter_class=raw
-    )
+    corpus = subcommand(commands, "corpus", "build and check training corpora", _ABOUT)
     parts = corpus.add_subparsers(dest="part", required=True)
 
-    sources = parts.add_parser("sources", help="list the known sources", description=_SOURCES, formatter_class=raw)
+    sources = subcommand(parts, "sources", "list the known sources", _SOURCES)
     sources.add_argument("--json", type=Path, metavar="FILE", help="also write the list here")
     sources.set_defaults(run=run_sources)
 
-    build = parts.add_parser("build", help="make a corpus", description=_BUILD, formatter_class=raw)
+    build = subcommand(parts, "build", "make a corpus", _BUILD)
     build.add_argument("--source", action="append", required=True, metavar="NAME=COPY", help="a copy of a source")
     build.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     build.add_argument(
@@ -108,7 +104,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _comparison(build)
     build.set_defaults(run=run_build)
 
-    check = parts.add_parser("check", help="find rows of evaluation sets", description=_CHECK, formatter_class=raw)
+    check = subcommand(parts, "check", "find rows of evaluation sets", _CHECK)
     check.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE", help="rows to train on")
     check.add_argument("--against", type=Path, nargs="+", required=True, metavar="FILE", help="evaluation sets")
     check.add_argument("--output", type=Path, metavar="FILE", help="write the one training file without leaks here")
@@ -119,7 +115,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _comparison(check)
     check.set_defaults(run=run_check)
 
-    stats = parts.add_parser("stats", help="describe corpora", description=_STATS, formatter_class=raw)
+    stats = subcommand(parts, "stats", "describe corpora", _STATS)
     stats.add_argument("corpora", type=Path, nargs="+", metavar="FILE", help="labelled rows")
     stats.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     stats.set_defaults(run=run_stats)
@@ -148,7 +144,7 @@ def run_sources(given: argparse.Namespace) -> None:
     for line in listed:
         shown = (line["name"], line["modality"], f"{line['share']:g}", line["licence"], line["home"], line["rule"])
         table.add_row(*map(escape, shown))
-    terminal(_WIDTH).print(table)
+    terminal().print(table)
     _write_json(given.json, listed)
 
 
@@ -181,11 +177,11 @@ def run_build(given: argparse.Namespace) -> None:
             parts.setdefault(copy.source.name, []).append(read_part(copy, given.output, _watch(progress)))
         built = build(parts, plan, prints, track)
     write_corpus(built, plan, given.output)
-    console = terminal(_WIDTH)
+    console = terminal()
     console.print(_counts_table(built), steps_table(statistics(built.train)))
     skipped.reasons += built.bad
-    _summary(console, skipped, given.output / "skipped.txt")
-    console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", highlight=False)
+    skipped.tell(console, given.output / "skipped.txt")
+    console.print(f"{given.output / 'train.jsonl'}: {len(built.train):,} rows", markup=False, highlight=False)
 
 
 def run_check(given: argparse.Namespace) -> None:
@@ -203,9 +199,9 @@ def run_check(given: argparse.Namespace) -> None:
         rows = readable([row for file in given.train for row in read_good_rows(file, skipped)], prints, skipped, track)
         against = evaluation_sets(given.against, prints, skipped, images=given.against_images, track=track)
         leaks = find_leaks(rows, against, threshold=given.threshold, fingerprints=prints, track=track)
-    console = terminal(_WIDTH)
+    console = terminal()
     console.print(_leaks_table(rows, leaks))
-    _summary(console, skipped, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
+    skipped.tell(console, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
     _write_json(given.json, [asdict(leak) for leak in leaks])
     gone = {leak.id for leak in leaks}
     if given.output:
@@ -225,9 +221,9 @@ def run_stats(given: argparse.Namespace) -> None:
         files = progress.track(given.corpora, description="reading")
         rows = [row for file in files for row in read_good_rows(file, skipped)]
         found = statistics(_track(progress)(rows, "counting"))
-    console = terminal(_WIDTH)
+    console = terminal()
     console.print(steps_table(found), labels_table(found))
-    _summary(console, skipped)
+    skipped.tell(console)
     _write_json(given.json, found.to_json())
 
 
@@ -284,14 +280,8 @@ def _leaks_table(rows: Sequence[Row], leaks: Sequence[Leak]) -> Table:
     return table
 
 
-def _summary(console: Console, skipped: Skipped, file: Path | None = None) -> None:
-    if skipped.reasons:
-        said = skipped.report(file) if file else skipped.summary()
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
-
-
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

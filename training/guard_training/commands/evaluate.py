@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from guard_training.corpus.rows import Row, Skipped
     from guard_training.evaluation.outcomes import Outcome
-
-#: Columns of a table that goes to a file or a pipe.
-_WIDTH = 200
 
 _ABOUT = """\
 Starts the guard's worker, asks it about every row over its socket, and prints per source: recall, false positives,
@@ -58,8 +55,7 @@ and reads a file of {"id", "output"} that another program wrote (ids are those o
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser("evaluate", help="measure a guard", description=_ABOUT, formatter_class=raw)
+    command = subcommand(commands, "evaluate", "measure a guard", _ABOUT)
     option = command.add_argument
     option("--data", type=Path, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     option(
@@ -104,7 +100,7 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.evaluation.outcomes import read_outcomes, write_outcomes
     from guard_training.evaluation.report import render, write_report
 
-    console = terminal(_WIDTH)
+    console = terminal(200)
     skipped = Skipped()
     other = read_outcomes(_outcomes_of(given.against), skipped) if given.against else None
     rows = _rows(given, skipped)
@@ -120,8 +116,7 @@ def run(given: argparse.Namespace) -> None:
         compared = {"ours": ours, "theirs": theirs, **compare(outcomes[first], other, mode=given.mode)}
     for sheet in tables.all_sheets(summaries, compared):
         console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
 
     if given.outcomes:
         write_outcomes(given.outcomes, outcomes[first])

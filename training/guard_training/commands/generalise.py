@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 _ABOUT = """\
 Leaves one source (or one group of sources) out of training, trains, and measures on what was left out: recall, false
@@ -24,12 +24,7 @@ A group of a harmful and a harmless source shows both kinds of error on content 
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "generalise",
-        help="train without a source and measure on it",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = subcommand(commands, "generalise", "train without a source and measure on it", _ABOUT)
     command.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the recipe's data files")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="of the training (default: the recipe of nano)")
     command.add_argument(

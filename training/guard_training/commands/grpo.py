@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from guard_training.commands import subcommand, terminal
 
 _ABOUT = """\
 Online RL (GuardReasoner-VL, section 4): GRPO without KL, groups of 16, dynamic clipping, and the length-aware safety
@@ -28,12 +29,7 @@ checks its shapes. --rehearse does two real updates with random weights, and pri
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    grpo = commands.add_parser(
-        "grpo",
-        help="online RL with the length-aware safety reward",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    grpo = subcommand(commands, "grpo", "online RL with the length-aware safety reward", _ABOUT)
     arg = grpo.add_argument
     arg("--rows", type=Path, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz: what `augment` wrote")
     arg("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
@@ -50,10 +46,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
-    from rich.console import Console
     from transformers.utils import logging
 
     from guard_training.corpus.rows import Skipped, read_good_rows
+    from guard_training.nano.drawn import reader
     from guard_training.tuning.grpo import GrpoSettings, train
     from guard_training.tuning.rehearsal import on_meta, with_weights
     from guard_training.tuning.settings import read_settings, recipe_path
@@ -61,7 +57,7 @@ def run(given: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     recipe = read_settings(GrpoSettings, recipe_path(given.recipe), given.set)
     cpu = given.cpu or not torch.cuda.is_available()
-    console = Console(width=None if sys.stdout.isatty() else 150, quiet=not PartialState(cpu=cpu).is_main_process)
+    console = terminal(quiet=not PartialState(cpu=cpu).is_main_process)
     skipped = Skipped()
     if given.rehearse:
         done = with_weights(recipe, given.output)
@@ -76,16 +72,11 @@ def run(given: argparse.Namespace) -> None:
     if given.dry_run:
         for line in on_meta(recipe, len(rows) if rows is not None else 12_000, given.output).lines():
             console.print(line, highlight=False)
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        skipped.tell(console)
         return
     if rows is None:
         raise ValueError("nothing to train on; give --rows FILE")
-    read = None
-    if recipe.reader:
-        from guard_middleware.guard.reader import Reader
-
-        read = Reader().read
+    read = reader(recipe.reader)
     try:
         folder = train(
             recipe,
@@ -100,6 +91,5 @@ def run(given: argparse.Namespace) -> None:
             cpu=cpu,
         )
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
-    console.print(str(folder), highlight=False)
+        skipped.tell(console)
+    console.print(str(folder), markup=False, highlight=False)

@@ -6,6 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
+from guard_training.commands import count, subcommand, terminal
+
 _ABOUT = """\
 Makes nano, the small guard, from labelled data: draws typographic images and reads them, trains a tokenizer,
 writes the reasoning with the deterministic teacher, and trains a Qwen2.5-VL-architecture model from scratch
@@ -19,12 +21,7 @@ refused where recipe, data or bank are others by then.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    nano = commands.add_parser(
-        "nano",
-        help="make nano from labelled data",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    nano = subcommand(commands, "nano", "make nano from labelled data", _ABOUT)
     nano.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the labelled data")
     nano.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     nano.add_argument("--recipe", type=Path, metavar="FILE", help="constants of the run (default: the recipe of nano)")
@@ -49,7 +46,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="evaluation sets: training rows that one of them holds too are left out",
     )
-    nano.add_argument("--stop-after", type=int, metavar="N", help="end after N steps of the schedule, to look early")
+    nano.add_argument("--stop-after", type=count, metavar="N", help="end after N steps of the schedule, to look early")
     nano.set_defaults(run=run)
 
 
@@ -75,6 +72,6 @@ def run(given: argparse.Namespace) -> None:
         against=given.against,
         stop_after=given.stop_after,
     )
-    if skipped.reasons:
-        print(skipped.summary())
-    print(folder)
+    console = terminal()
+    skipped.tell(console)
+    console.print(str(folder), markup=False, highlight=False, soft_wrap=True)

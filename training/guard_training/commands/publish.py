@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import sys
 from pathlib import Path
 
-from guard_training.commands import count
+from guard_training.commands import count, date, subcommand, terminal
 
 _ABOUT = """\
 Checks a revision of a guard (every file against SHA256SUMS, the weights load completely, the card has results measured
@@ -29,12 +27,7 @@ command goes on when it is given again.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    publish = commands.add_parser(
-        "publish",
-        help="check a revision, copy it or push it to the hub",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    publish = subcommand(commands, "publish", "check a revision, copy it or push it to the hub", _ABOUT)
     arg = publish.add_argument
     arg("revision", type=Path, metavar="REVISION", help="the revision's folder, or with --results a guard's")
     arg("--output", type=Path, metavar="DIR", help="copy it here (with --results: make it here)")
@@ -47,13 +40,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--calibration", type=Path, metavar="FILE", help="rows it was not trained on, to calibrate its scores")
     arg("--licence", help="of the weights (default: that of the folder's card)")
     arg("--limits", type=Path, metavar="FILE", help="Markdown for the card's limits section")
-    arg("--date", metavar="ISO", help="date of the revision (default: now)")
+    arg("--date", type=date, default="now", metavar="ISO", help="date of the revision (default: now)")
     arg("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
     publish.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.progress import Progress
     from transformers.utils import logging
 
@@ -62,7 +54,7 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.update.processes import measurer
 
     logging.disable_progress_bar()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal()
     folder = given.revision
     if given.results:
         if given.output is None:
@@ -70,7 +62,7 @@ def run(given: argparse.Namespace) -> None:
         making = publish.Making(
             guard=folder,
             results=tuple(given.results),
-            made=given.date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            made=given.date,
             licence=given.licence,
             recipe=given.recipe,
             data=tuple(given.data),
@@ -82,8 +74,7 @@ def run(given: argparse.Namespace) -> None:
         try:
             publish.make(making, given.output, skipped, measurer(console, given.concurrency))
         finally:
-            if skipped.reasons:
-                console.print(skipped.summary(), markup=False, highlight=False)
+            skipped.tell(console)
         folder = given.output
     copied = given.output if not given.results else None
     with Progress(console=console) as progress:
@@ -94,9 +85,9 @@ def run(given: argparse.Namespace) -> None:
         if copied:
             publish.copy(folder, copied, lambda: progress.advance(task))
         progress.update(task, completed=1 + files)
-    console.print(f"{folder}: {facts.name}, revision {facts.revision}, is whole", highlight=False)
+    console.print(f"{folder}: {facts.name}, revision {facts.revision}, is whole", markup=False, highlight=False)
     if copied:
-        console.print(str(copied), highlight=False)
+        console.print(str(copied), markup=False, highlight=False)
     if given.to_hub:
         logging.enable_progress_bar()  # the hub's own
         console.print(hub.push(folder, given.to_hub, facts, private=given.private), highlight=False)

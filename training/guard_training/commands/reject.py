@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from guard_training.commands import count
+from guard_training.commands import count, subcommand, terminal
 
 _ABOUT = """\
 Rejection sampling (GuardReasoner-VL, section 4.1): draws k outputs of a guard for every row and keeps the rows that
@@ -23,12 +22,7 @@ the same; --keep, --keep-all-images, --balance and --max-rows can be changed lat
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    reject = commands.add_parser(
-        "reject",
-        help="keep the rows that a guard still gets wrong",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    reject = subcommand(commands, "reject", "keep the rows that a guard still gets wrong", _ABOUT)
     arg = reject.add_argument
     arg("--rows", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     arg("--model", required=True, help="the guard after SFT: a folder, nano, or a hub id")
@@ -53,11 +47,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from rich.console import Console
     from transformers.utils import logging
 
+    from guard_training.nano.drawn import DrawnText, reader
     from guard_training.tuning.contract import load_contract
-    from guard_training.tuning.hard import Read, Selection, reject
+    from guard_training.tuning.hard import Selection, reject
     from guard_training.tuning.sampling import Sampler, Sampling, TransformersSampler, VllmSampler
 
     logging.disable_progress_bar()
@@ -75,12 +69,7 @@ def run(given: argparse.Namespace) -> None:
             return VllmSampler(contract, sampling, **options)
         return TransformersSampler(contract, sampling, device=given.device)
 
-    read: Read | None = None
-    if contract.facts.reader:
-        from guard_middleware.guard.reader import Reader
-        from guard_training.nano.drawn import DrawnText
-
-        read = DrawnText(given.output.with_name(f"{given.output.stem}.drawn.jsonl"), Reader().read)
+    read = reader(contract.facts.reader)
     reject(
         given.rows,
         given.output,
@@ -91,7 +80,7 @@ def run(given: argparse.Namespace) -> None:
         engine=given.engine,
         sequences=given.batch,
         seed=given.seed,
-        read=read,
+        read=read and DrawnText(given.output.with_name(f"{given.output.stem}.drawn.jsonl"), read),
         report=given.json,
-        console=Console(width=None if sys.stdout.isatty() else 150),
+        console=terminal(),
     )

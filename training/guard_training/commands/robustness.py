@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from guard_training.commands import count, terminal
+from guard_training.commands import count, subcommand, terminal
 
 _ABOUT = """\
 Asks a guard about every row as it is and in other writings: drawn into an image, with invisible characters, with
@@ -24,12 +24,7 @@ Translations are yours: one {"id", "language", "text"} per line, by the id of th
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from guard_training.evaluation.perturb import GROUPS
 
-    command = commands.add_parser(
-        "robustness",
-        help="measure a guard on rewritten, hidden and surrounded texts",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = subcommand(commands, "robustness", "measure a guard on rewritten, hidden and surrounded texts", _ABOUT)
     command.add_argument("--data", type=Path, required=True, metavar="FILE", help="labelled rows, .jsonl or .jsonl.gz")
     command.add_argument("--model", required=True, help="nano, a folder, or a hub id")
     command.add_argument("--limit", type=count, metavar="N", help="at most N rows of each source, drawn from the seed")

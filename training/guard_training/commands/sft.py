@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard_training.commands import count
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,18 +43,13 @@ architecture on made rows that fill the cutoff, and prints seconds and memory.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    sft = commands.add_parser(
-        "sft",
-        help="reasoning SFT on rows with rationales",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    sft = subcommand(commands, "sft", "reasoning SFT on rows with rationales", _ABOUT)
     arg = sft.add_argument
     arg("--recipe", default="sft-nano", metavar="NAME", help="a file, or sft-nano, sft-3b, sft-7b (default sft-nano)")
     arg("--data", type=Path, metavar="FILE", help="labelled rows with rationales, .jsonl or .jsonl.gz")
     arg("--output", type=Path, metavar="DIR", help="folder of the run")
     arg("--set", action="append", default=[], metavar="KEY=VALUE", help="change a constant, e.g. epochs=1")
-    arg("--steps", type=int, metavar="N", help="end after N steps of the schedule; the same command goes on")
+    arg("--steps", type=count, metavar="N", help="end after N steps of the schedule; the same command goes on")
     arg("--dry-run", action="store_true", help="check the configuration on the meta device and end")
     arg("--random-weights", action="store_true", help="train the real architecture from random weights, to measure it")
     arg("--devices", type=count, default=_PAPER_DEVICES, metavar="N", help="GPUs that a dry run plans for (default 4)")
@@ -64,14 +58,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    if given.steps is not None and given.steps < 1:
-        raise ValueError("--steps must be at least 1")
     if not (given.dry_run or given.random_weights) and (given.data is None or given.output is None):
         raise ValueError("give --data FILE and --output DIR, or --dry-run, or --random-weights")
 
     import torch
     from accelerate import PartialState
-    from rich.console import Console
     from transformers.utils import logging
 
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
@@ -79,7 +70,7 @@ def run(given: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     recipe = read_settings(SftSettings, recipe_path(given.recipe), given.set)
     cpu = given.cpu or not torch.cuda.is_available()
-    console = Console(width=None if sys.stdout.isatty() else 150, quiet=not PartialState(cpu=cpu).is_main_process)
+    console = terminal(quiet=not PartialState(cpu=cpu).is_main_process)
     if given.dry_run:
         _dry_run(given, recipe, console)
     elif given.random_weights:
@@ -103,26 +94,21 @@ def _dry_run(given: argparse.Namespace, recipe: SftSettings, console: Console) -
     for line in made.lines(recipe):
         console.print(line, highlight=False)
     console.print(made.table())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
 
 
 def _train(given: argparse.Namespace, recipe: SftSettings, console: Console, *, cpu: bool) -> None:
     from guard_training.corpus.rows import Skipped, read_good_rows
+    from guard_training.nano.drawn import reader
     from guard_training.tuning.sft import train
 
     skipped = Skipped()
     rows = read_good_rows(given.data, skipped)
-    read = None
-    if recipe.reader:
-        from guard_middleware.guard.reader import Reader
-
-        read = Reader().read
+    read = reader(recipe.reader)
     try:
         folder = train(
             recipe, given.data, rows, given.output, skipped, console=console, read=read, steps=given.steps, cpu=cpu
         )
     finally:
-        if skipped.reasons and not console.quiet:
-            console.print(skipped.report(given.output / "skipped.txt"), markup=False, highlight=False, soft_wrap=True)
-    console.print(str(folder) if folder else "stopped; the same command goes on", highlight=False)
+        skipped.tell(console, given.output / "skipped.txt")
+    console.print(str(folder) if folder else "stopped; the same command goes on", markup=False, highlight=False)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
-from guard_training.commands import count
+from guard_training.commands import count, subcommand, terminal
 
 _ABOUT = """\
 The ablations of online RL in one command: trains the recipe in full, without augmented rows, without dynamic clipping,
@@ -23,12 +22,7 @@ command is given again.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    sweep = commands.add_parser(
-        "sweep",
-        help="the ablations of online RL",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    sweep = subcommand(commands, "sweep", "the ablations of online RL", _ABOUT)
     arg = sweep.add_argument
     arg("--rows", type=Path, required=True, metavar="FILE", help="rows to train on: what `augment` wrote")
     arg("--data", type=Path, required=True, metavar="FILE", help="labelled rows to measure on")
@@ -44,7 +38,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-    from rich.console import Console
 
     from guard_training.corpus.rows import Skipped, read_good_rows
     from guard_training.evaluation.measure import sample, usable
@@ -59,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(f"no variant {', '.join(unknown)}; there are {', '.join(ablation.VARIANTS)}")
     if not given.rows.is_file():
         raise FileNotFoundError(f"{given.rows}: no such file; make it with `guard-train augment`")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal()
     skipped = Skipped()
     # each variant reads them for itself and says so in its log.txt
     if not read_good_rows(given.rows, skipped):
@@ -78,9 +71,8 @@ def run(given: argparse.Namespace) -> None:
             train=ablation.trainer(given.rows, model, **launch),
             ask=ablation.asker(rows, concurrency=given.concurrency, console=console),
         )
-        console.print(ablation.table(results))
+        console.print(ablation.sheet(results).rich())
         for file in ablation.write(results, recipe, given.output):
-            console.print(str(file), highlight=False)
+            console.print(str(file), markup=False, highlight=False)
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(), markup=False, highlight=False)
+        skipped.tell(console)

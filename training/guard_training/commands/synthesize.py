@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard_training.commands import count
+from guard_training.commands import count, subcommand, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,12 +34,7 @@ teacher's; nothing of it is logged.
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    synthesize = commands.add_parser(
-        "synthesize",
-        help="write the reasoning of rows with a teacher",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    synthesize = subcommand(commands, "synthesize", "write the reasoning of rows with a teacher", _ABOUT)
     arg = synthesize.add_argument
     arg("--rows", type=Path, required=True, metavar="FILE", help="rows, .jsonl or .jsonl.gz")
     arg("--output", type=Path, required=True, metavar="FILE", help="rows with rationales; images go beside it")
@@ -59,15 +54,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--again", action="store_true", help="ask again for rows whose answers were all refused")
     arg("--price-prompt", type=float, metavar="X", help="of a million prompt tokens")
     arg("--price-completion", type=float, metavar="X", help="of a million answer tokens")
-    arg("--image-tokens", type=int, metavar="N", help="of an image, for the estimate (default: one per 28 x 28 pixels)")
-    arg("--expected-tokens", type=int, default=280, metavar="N", help="of an answer, for the estimate (default 280)")
+    arg("--image-tokens", type=count, metavar="N", help="of an image, as estimated (default: one per 28 x 28 pixels)")
+    arg("--expected-tokens", type=count, default=280, metavar="N", help="of an answer, for the estimate (default 280)")
     arg("--dry-run", action="store_true", help="show the cost and stop")
     arg("--yes", action="store_true", help="go on without asking")
     synthesize.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.progress import Progress
 
     from guard_training.corpus.rows import CorpusError, Skipped, distinct, read_good_rows
@@ -78,7 +72,7 @@ def run(given: argparse.Namespace) -> None:
 
     if given.repeats < 0 or not given.timeout > 0:
         raise ValueError("--repeats is 0 or more, and --timeout above 0")
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal()
     skipped, asking = Skipped(), _asking(given)
     limiter = Limiter(given.requests_per_minute, given.tokens_per_minute)
     price = Price(given.price_prompt, given.price_completion)
@@ -87,8 +81,7 @@ def run(given: argparse.Namespace) -> None:
         raise CorpusError(f"{given.rows}: no usable row; {skipped.summary()}")
     wanted = needed(rows, asking, skipped)[: given.limit]
     console.print(table(estimate(left_over(wanted, given.output, again=given.again), asking.expected), price))
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, soft_wrap=True)
+    skipped.tell(console)
     if given.dry_run:
         return
     _confirm(given.yes, console)
@@ -103,9 +96,7 @@ def run(given: argparse.Namespace) -> None:
     with Progress(console=console) as progress:
         tally = write(wanted, asking, limiter, given.output, progress)
     _report(tally, price, asking, given.output, console)
-    if skipped.reasons:
-        file = given.output.with_name(f"{given.output.stem}.skipped.txt")
-        console.print(skipped.report(file), markup=False, soft_wrap=True)
+    skipped.tell(console, given.output.with_name(f"{given.output.stem}.skipped.txt"))
     if tally.out_of_reach:
         raise ValueError(
             f"{tally.out_of_reach} rows were out of the teacher's reach ({tally.why}): give the same command again"

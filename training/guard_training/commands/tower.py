@@ -8,8 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guard_training.commands import count, subcommand, terminal
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from guard_training.corpus.rows import Row, Skipped
+    from guard_training.evaluation.tables import Sheet
     from guard_training.nano.curriculum import Progressed
     from guard_training.nano.reading import ReadingTower
 
@@ -28,24 +33,19 @@ reading, RapidOCR's, and none. --data gives the rows of source figstep on its se
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    tower = commands.add_parser(
-        "tower",
-        help="train a vision tower that reads by itself",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    tower = subcommand(commands, "tower", "train a vision tower that reads by itself", _ABOUT)
     option = tower.add_argument
     option("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     option("--resume", action="store_true", help="go on from the folder's checkpoint")
     option("--minutes", type=float, metavar="N", help="end this call after N minutes of training, with a checkpoint")
-    option("--steps", type=int, metavar="N", help="length of the whole schedule (default 7000)")
-    option("--patches", type=int, metavar="N", help="patches of 14 x 14 pixels in a batch (default 1024)")
-    option("--measured", type=int, metavar="N", help="held-out images of each kind that are measured (default 24)")
+    option("--steps", type=count, metavar="N", help="length of the whole schedule (default 7000)")
+    option("--patches", type=count, metavar="N", help="patches of 14 x 14 pixels in a batch (default 1024)")
+    option("--measured", type=count, metavar="N", help="held-out images of each kind that are measured (default 24)")
     option("--workers", type=int, default=0, metavar="N", help="processes that draw, to keep a GPU busy (default 0)")
     option("--data", type=Path, metavar="FILE", help="labelled rows with FigStep's pictures")
     option("--typographic", type=Path, metavar="FILE", help="held-out typographic rows, as `nano` writes them")
     option("--model", default="nano", help="the guard that judges what was read (default nano)")
-    option("--limit", type=int, default=60, metavar="N", help="at most N pictures of each source (default 60)")
+    option("--limit", type=count, default=60, metavar="N", help="at most N pictures of each source (default 60)")
     tower.set_defaults(run=run)
 
 
@@ -59,13 +59,13 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.nano.reading import measure
     from guard_training.nano.render import HELD_OUT_FONTS, TRAIN_FONTS
 
-    skipped = Skipped()
+    console, skipped = terminal(120), Skipped()
     rows = _rows(given, skipped)  # before training, which takes long
     changed = {name: getattr(given, name) for name in ("steps", "patches", "measured") if getattr(given, name)}
     settings = TowerSettings(**changed)
     bank = default_bank()
     unseen = bank_texts(bank, held=True)
-    with Progress() as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task("training the tower", total=settings.steps)
 
         def tell(seen: Progressed, stage: str) -> None:
@@ -88,13 +88,12 @@ def run(given: argparse.Namespace) -> None:
         "held_out_fonts": measure(tower, unseen, HELD_OUT_FONTS, settings.measured),
     }
     (given.output / "curve.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    _curve(figures)
+    console.print(_curve(figures).rich())
     if seen.step < settings.steps:
-        print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
+        console.print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
     if rows:
-        _verdicts(given, rows, tower, seen.step)
-    if skipped.reasons:
-        print(skipped.summary())
+        _verdicts(given, rows, tower, seen.step, console)
+    skipped.tell(console)
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
@@ -110,35 +109,31 @@ def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
     return rows
 
 
-def _curve(figures: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _curve(figures: dict[str, Any]) -> Sheet:
+    from guard_training.evaluation.tables import Sheet
     from guard_training.nano.glyphs import KINDS
 
-    table = Table(
-        "step", "stage", "images", "glyphs", "seconds", "loss", *KINDS, title="character similarity on unseen texts"
-    )
+    rows = []
     for one in figures["curve"]:
         facts = (one["step"], one["stage"], one["images"], one["glyphs"], one["seconds"], f"{one['loss']:.2f}")
-        table.add_row(*map(str, facts), *_similarities(one["held_out"]))
+        rows.append((*map(str, facts), *_similarities(one["held_out"])))
     for fonts in ("held_out_fonts", "training_fonts"):
-        table.add_row("now", fonts.replace("_", " "), *[""] * 4, *_similarities(figures[fonts]))
-    Console(width=120).print(table)
+        rows.append(("now", fonts.replace("_", " "), *[""] * 4, *_similarities(figures[fonts])))
+    columns = ("step", "stage", "images", "glyphs", "seconds", "loss", *KINDS)
+    return Sheet("character similarity on unseen texts", columns, tuple(rows), left=2, totals=2)
 
 
 def _similarities(figures: dict[str, Any]) -> list[str]:
     return [f"{one['similarity']:.3f}" for one in figures.values()]
 
 
-def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, step: int) -> None:
-    from rich.console import Console
+def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, step: int, console: Console) -> None:
     from rich.progress import Progress
-    from rich.table import Table
 
     from guard_middleware.guard.reader import Reader
     from guard_middleware.worker.engine_transformers import TransformersEngine
     from guard_middleware.worker.weights import resolve
+    from guard_training.evaluation.tables import Sheet
     from guard_training.nano.drawn import Read
     from guard_training.nano.reading import TowerReader
     from guard_training.nano.unread import Timed, compare
@@ -148,14 +143,15 @@ def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, s
         "tower": Timed(TowerReader(tower).read, given.output / f"drawn-tower-{step}.jsonl"),
         "none": lambda image: "",
     }
-    with Progress() as progress:
+    with Progress(console=console) as progress:
         task = progress.add_task("reading pictures", total=len(rows) * len(readers))
         found = compare(rows, lambda: TransformersEngine(resolve(given.model)), readers, lambda: progress.advance(task))
-    table = Table("source", "reader", "harmful", "recall", "benign", "false positives", "similarity", "s/picture")
+    columns = ("source", "reader", "harmful", "recall", "benign", "false positives", "similarity", "s/picture")
+    lines = []
     for one in sorted(found, key=lambda one: one.source):
         recall, wrong = ("-" if share is None else f"{share:.1%}" for share in (one.recall, one.false_positives))
         figures = (one.harmful, recall, one.unharmful, wrong, f"{one.similarity:.3f}", f"{one.seconds:.2f}")
-        table.add_row(one.source, one.reader, *map(str, figures))
-    Console(width=120).print(table)
+        lines.append((one.source, one.reader, *map(str, figures)))
+    console.print(Sheet("verdicts by what was read", columns, tuple(lines), left=2).rich())
     file = given.output / "verdicts.json"
     file.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")

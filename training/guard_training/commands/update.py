@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guard_training.commands import count
+from guard_training.commands import count, date, subcommand, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from guard_training.nano.drawn import Read
 
 _ABOUT = """\
 Learns from operators' corrections: trains the current guard on them and on a replay share of its older training rows
@@ -42,12 +38,7 @@ file holds. Golden set: rows as of `guard-train evaluate` whose verdicts must ke
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    update = commands.add_parser(
-        "update",
-        help="learn from operators' corrections",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    update = subcommand(commands, "update", "learn from operators' corrections", _ABOUT)
     arg = update.add_argument
     arg("--model", default="nano", help="the current guard: nano, a folder, or a hub id (default nano)")
     arg("--corrections", type=Path, nargs="+", default=[], metavar="FILE", help="what reviewers say, .jsonl")
@@ -65,7 +56,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     arg("--allow-chance", action="store_true", help="refuse only losses that the paired 95 %% interval makes certain")
     arg("--limit", type=count, metavar="N", help="measure on at most N rows of each source")
     arg("--concurrency", type=count, default=12, metavar="N", help="questions under way (default 12)")
-    arg("--date", metavar="ISO", help="date of the revision (default: now)")
+    arg("--date", type=date, default="now", metavar="ISO", help="date of the revision (default: now)")
     arg("--licence", help="of the revision (default: that of the current guard's card)")
     arg("--limits", type=Path, metavar="FILE", help="Markdown for the card's limits section")
     arg("--launch", metavar="COMMAND", help="how guard-train is started for training")
@@ -76,11 +67,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> None:
     import torch
-    from rich.console import Console
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal()
     given.cpu = given.cpu or not torch.cuda.is_available()
     if given.stage:
         _stage(given)
@@ -93,17 +83,18 @@ def run(given: argparse.Namespace) -> None:
 
 def _stage(given: argparse.Namespace) -> None:
     from accelerate import PartialState
-    from rich.console import Console
 
+    from guard_training.nano.drawn import reader
     from guard_training.update.train import read_stage, train_lessons
 
     main = PartialState(cpu=given.cpu).is_main_process
-    console = Console(width=None if sys.stdout.isatty() else 150, quiet=not main)
-    train_lessons(given.stage, console=console, read=_reader(read_stage(given.stage).reader), cpu=given.cpu)
+    console = terminal(quiet=not main)
+    train_lessons(given.stage, console=console, read=reader(read_stage(given.stage).reader), cpu=given.cpu)
 
 
 def _update(given: argparse.Namespace, console: Console) -> None:
     from guard_training.corpus.rows import Skipped
+    from guard_training.nano.drawn import reader
     from guard_training.process import LAUNCH
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import SftSettings, read_settings, recipe_path
@@ -123,7 +114,7 @@ def _update(given: argparse.Namespace, console: Console) -> None:
         limit=given.limit,
         margin=given.margin,
         allow_chance=given.allow_chance,
-        made=_date(given.date),
+        made=given.date,
         licence=given.licence,
         limits=given.limits.read_text("utf-8") if given.limits else None,
     )
@@ -137,26 +128,8 @@ def _update(given: argparse.Namespace, console: Console) -> None:
             train=processes.trainer(console, skipped, launch, cpu=given.cpu),
             measure=processes.measurer(console, given.concurrency),
             ask=processes.asker(console, given.concurrency),
-            read=_reader(plan.sft.reader),
+            read=reader(plan.sft.reader),
         )
     finally:
-        if skipped.reasons:
-            console.print(skipped.summary(shown=20), markup=False, highlight=False)
-    console.print(str(folder), highlight=False)
-
-
-def _reader(wanted: bool) -> Read | None:
-    if not wanted:
-        return None
-    from guard_middleware.guard.reader import Reader
-
-    return Reader().read
-
-
-def _date(given: str | None) -> str:
-    if given is None:
-        return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    try:
-        return datetime.datetime.fromisoformat(given).isoformat()
-    except ValueError:
-        raise ValueError(f"--date {given}: write it as 2026-11-21") from None
+        skipped.tell(console, shown=20)
+    console.print(str(folder), markup=False, highlight=False)

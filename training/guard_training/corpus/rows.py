@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from guard_middleware.types import Label
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -83,6 +86,12 @@ class Skipped:
             return self.summary(shown)
         file.write_text("".join(f"{reason}\n" for reason in self.reasons), "utf-8", "backslashreplace")
         return f"{self.summary(shown)}: {file}"
+
+    def tell(self, console: Console, file: Path | None = None, shown: int = 5) -> None:
+        """Prints the summary where there is one; of several processes the quiet ones leave ``file`` to the other."""
+        if self.reasons and not console.quiet:
+            said = self.report(file, shown) if file else self.summary(shown)
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.markup import escape
 from rich.table import Table
 
 from guard_training.corpus.rows import Row
@@ -142,8 +143,8 @@ def labels_table(found: Statistics) -> Table:
         table.add_column(name, justify="right" if name in ("samples", "rationales") else "left")
     for line in found.labels:
         table.add_row(
-            line.source, line.modality, f"{line.samples:,}", _sides(line.request), _sides(line.response),
-            f"{line.rationales:,}", line.licence,
+            escape(line.source), line.modality, f"{line.samples:,}", _sides(line.request), _sides(line.response),
+            f"{line.rationales:,}", escape(line.licence),
         )  # fmt: skip
     return table
 

@@ -16,15 +16,14 @@ Lanham et al. 2023, "Measuring faithfulness in chain-of-thought reasoning".
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.guard.prompt import render
@@ -45,12 +44,13 @@ from guard_training.evaluation.probe import (
     prefill_text,
     question_key,
 )
-from guard_training.evaluation.report import Plot, write_table
+from guard_training.evaluation.report import present
 from guard_training.evaluation.robustness import mean_json, rate_json
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
-from guard_training.evaluation.tables import cell
+from guard_training.evaluation.tables import Sheet, cell
 from guard_training.journal import Journal
+from guard_training.nano.drawn import reader
 from guard_training.tuning.contract import ContractError, load_contract
 
 
@@ -98,17 +98,21 @@ def audit(
         "interventions": [_effect(name, written, scores["as written"], scores[name]) for name in INTERVENTIONS],
         "sources": [_source(source, written, scores) for source in sorted({one.case.row.source for one in written})],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     rested = [{**one, "source": one["name"], "side": ""} for one in report["interventions"]]
     keys = (("changed", "verdict changed"), ("right", "agrees with the data"))
-    drawn = Plot(
-        "Verdicts under another reasoning, with 95 % intervals", plots.rates({model: {"sources": rested}}, keys)
-    )
     facts = [("Data", data.name), ("Rows", str(len(cases))), ("Model", f"{model}, revision {probe.facts.revision}")]
-    facts += [(words, cell(report[key])) for words, key in _READING.items()]
-    write_table(output / "report.html", print_tables(report, console), drawn, model=model, facts=facts)
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+    present(
+        report,
+        _sheet(report),
+        lines=_lines(report),
+        facts=[*facts, *((words, cell(report[key])) for words, key in _READING.items())],
+        caption="Verdicts under another reasoning, with 95 % intervals",
+        draw=partial(plots.rates, {model: {"sources": rested}}, keys),
+        skipped=skipped,
+        console=console,
+        json_file=output / "report.json",
+        page_file=output / "report.html",
+    )
     return report
 
 
@@ -116,11 +120,7 @@ def _cases(
     rows: Sequence[Row], probe: Probe, progress: Progress, skipped: Skipped
 ) -> tuple[list[Case], dict[str, int]]:
     """The rows that fit into one window, each once, and why the others do not count; unreadable images by name."""
-    read = None
-    if probe.facts.reader and any(row.image for row in rows):
-        from guard_middleware.guard.reader import Reader
-
-        read = Reader().read
+    read = reader(probe.facts.reader and any(row.image for row in rows))
     task = progress.add_task("reading rows", total=len(rows))
     cases: dict[str, Case] = {}
     left_out: Counter[str] = Counter()
@@ -215,8 +215,7 @@ _READING = {
 }
 
 
-def print_tables(report: Mapping[str, Any], console: Console) -> Table:
-    table = Table(title=f"{report['model']} {report['revision']}: verdicts under another reasoning, per cent (95 %)")
+def _sheet(report: Mapping[str, Any]) -> Sheet:
     columns = {
         "changed": "verdict changed",
         "harmful_changed": "of harmful",
@@ -225,17 +224,16 @@ def print_tables(report: Mapping[str, Any], console: Console) -> Table:
         "right": "agrees with data",
         "agrees_with_served": "agrees with served",
     }
-    for number, column in enumerate(("reasoning", "rows", *columns.values())):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for entry in report["interventions"]:
-        table.add_row(entry["name"], str(entry["rows"]), *(cell(entry[key]) for key in columns))
-    console.print(table)
+    title = f"{report['model']} {report['revision']}: verdicts under another reasoning, per cent (95 %)"
+    rows = ((one["name"], str(one["rows"]), *(cell(one[key]) for key in columns)) for one in report["interventions"])
+    return Sheet(title, ("reasoning", "rows", *columns.values()), tuple(rows))
+
+
+def _lines(report: Mapping[str, Any]) -> list[str]:
     count = report["steps"]
     low, high = count["interval"] if count else (0.0, 0.0)
-    console.print(f"steps per row: {count['value'] if count else 0:.2f} ({low:.2f}-{high:.2f})")
-    for words, key in _READING.items():
-        console.print(f"{words}: {cell(report[key])}")
-    console.print(
-        f"{report['rows']} rows; left out {report['left_out'] or 'none'}; errors {report['errors'] or 'none'}"
-    )
-    return table
+    return [
+        f"steps per row: {count['value'] if count else 0:.2f} ({low:.2f}-{high:.2f})",
+        *(f"{words}: {cell(report[key])}" for words, key in _READING.items()),
+        f"{report['rows']} rows; left out {report['left_out'] or 'none'}; errors {report['errors'] or 'none'}",
+    ]

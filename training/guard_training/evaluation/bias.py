@@ -20,23 +20,22 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Skipped, open_text, row_id
 from guard_training.evaluation import plots
-from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
-from guard_training.evaluation.report import Plot, write_table
+from guard_training.evaluation.report import present
 from guard_training.evaluation.robustness import rate_json
 from guard_training.evaluation.stats import Array, Rate, percentiles
-from guard_training.evaluation.tables import cell
+from guard_training.evaluation.tables import Sheet, cell
 
 DRAWS = 1000
 _KEYS = {"request": ("request", "prompt_label"), "response": ("response", "response_label")}
@@ -233,47 +232,47 @@ def report_bias(
         "left_out": left_out,
         "sources": entries,
     }
-    if json_file:
-        write_json(report, json_file)
-    table = print_table(report, console)
-    if page:
-        keys = (
-            ("wrong_where_teacher_right", "wrong, teacher right"),
-            ("wrong_where_teacher_wrong", "wrong, teacher wrong"),
-        )
-        drawn = Plot("The guard's errors, with 95 % intervals", plots.rates({first.model: {"sources": entries}}, keys))
-        facts = [("Outcomes", outcomes.name), ("Teacher", teacher.name), ("Model", f"{first.model} {first.revision}")]
-        write_table(page, table, drawn, model=first.model, facts=facts)
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+    keys = (
+        ("wrong_where_teacher_right", "wrong, teacher right"),
+        ("wrong_where_teacher_wrong", "wrong, teacher wrong"),
+    )
+    present(
+        report,
+        _sheet(report),
+        lines=[f"left out: {', '.join(f'{why} {n}' for why, n in left_out.items()) or 'none'}"],
+        facts=[("Outcomes", outcomes.name), ("Teacher", teacher.name), ("Model", f"{first.model} {first.revision}")],
+        caption="The guard's errors, with 95 % intervals",
+        draw=partial(plots.rates, {first.model: {"sources": entries}}, keys),
+        skipped=skipped,
+        console=console,
+        json_file=json_file,
+        page_file=page,
+    )
     return report
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> Table:
-    table = Table(title=f"{report['model']} {report['revision']} beside its teacher: per cent with 95 % intervals")
+def _sheet(report: Mapping[str, Any]) -> Sheet:
     columns = (
         "source", "judged", "rows", "teacher right", "student right", "agree", "kappa", "errors copied",
         "wrong, teacher right", "wrong, teacher wrong",
     )  # fmt: skip
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
-    for entry in report["sources"]:
-        both = entry["student_and_teacher"]
-        table.add_row(
+    rows = [
+        (
             entry["source"],
             entry["side"],
             str(entry["rows"]),
             cell(entry["teacher_and_data"]["agreement"]),
             cell(entry["student_and_data"]["agreement"]),
-            cell(both["agreement"]),
-            _fraction(both["kappa"]),
+            cell(entry["student_and_teacher"]["agreement"]),
+            _fraction(entry["student_and_teacher"]["kappa"]),
             cell(entry["copied_errors"]),
             cell(entry["wrong_where_teacher_right"]),
             cell(entry["wrong_where_teacher_wrong"]),
         )
-    console.print(table)
-    console.print(f"left out: {', '.join(f'{why} {n}' for why, n in report['left_out'].items()) or 'none'}")
-    return table
+        for entry in report["sources"]
+    ]
+    title = f"{report['model']} {report['revision']} beside its teacher: per cent with 95 % intervals"
+    return Sheet(title, columns, tuple(rows), left=2)
 
 
 def _fraction(value: Mapping[str, Any] | None) -> str:

@@ -21,23 +21,24 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import measure, sample
 from guard_training.evaluation.perturb import subjects
-from guard_training.evaluation.report import Plot, write_table
+from guard_training.evaluation.report import present
 from guard_training.evaluation.robustness import mean_json, rate_json
 from guard_training.evaluation.stats import Rate
-from guard_training.evaluation.tables import cell
+from guard_training.evaluation.tables import Sheet, cell
 from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal
 from guard_training.nano.recipe import Recipe
@@ -228,7 +229,7 @@ def generalise(
             if key in journal.done:
                 continue
             with Progress(console=console) as progress:
-                task = progress.add_task(f"fold {number} of {len(folds)}: {'+'.join(group)}", total=2)
+                task = progress.add_task(f"fold {number} of {len(folds)}: {escape('+'.join(group))}", total=2)
                 fold = make_fold(data, recipe, group, limit=limit, seed=seed)
                 progress.advance(task)
                 said = {"linear": linear(fold)}
@@ -257,16 +258,21 @@ def generalise(
             for model in dict.fromkeys(entry["model"] for entry in entries)
         ],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     by_guard = {
         mean["model"]: {"sources": [{**one, "side": ""} for one in entries if one["model"] == mean["model"]]}
         for mean in report["means"]
     }
-    drawn = Plot("Recall and false positives on sources left out, with 95 % intervals", plots.rates(by_guard))
-    facts = [("Data", ", ".join(recipe.files)), ("Recipe", recipe.name), ("Rows", f"at most {limit} of a source")]
-    write_table(output / "report.html", print_table(report, console), drawn, model=recipe.name, facts=facts)
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+    present(
+        report,
+        _sheet(report),
+        facts=[("Data", ", ".join(recipe.files)), ("Recipe", recipe.name), ("Rows", f"at most {limit} of a source")],
+        caption="Recall and false positives on sources left out, with 95 % intervals",
+        draw=partial(plots.rates, by_guard),
+        skipped=skipped,
+        console=console,
+        json_file=output / "report.json",
+        page_file=output / "report.html",
+    )
     return report
 
 
@@ -278,37 +284,26 @@ def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> Table:
-    table = Table(title="sources left out of training: per cent with 95 % intervals")
+def _sheet(report: Mapping[str, Any]) -> Sheet:
     columns = (
-        "left out",
-        "source",
-        "guard",
-        "rows",
-        "recall",
-        "false positives",
-        "area (ROC)",
-        "against",
-        "errors",
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 3 else "right")
-    for entry in report["entries"]:
-        area = entry["auc"]
-        table.add_row(
+        "left out", "source", "guard", "rows", "recall", "false positives", "area (ROC)", "against", "errors",
+    )  # fmt: skip
+    rows = [
+        (
             entry["group"],
             entry["source"],
             entry["model"],
             str(entry["rows"]),
             cell(entry["recall"]),
             cell(entry["false_positive_rate"]),
-            cell(area),
-            area["against"] if area else "-",
-            str(entry["errors"]) if entry["errors"] else "-",
+            cell(entry["auc"]),
+            entry["auc"]["against"] if entry["auc"] else "-",
+            str(entry["errors"] or "-"),
         )
-    table.add_section()
+        for entry in report["entries"]
+    ]
     for mean in report["means"]:
-        figures = [cell(mean[name]) for name in ("recall", "false_positive_rate", "auc")]
-        table.add_row("mean over sources", "", mean["model"], "", *figures, "", "")
-    console.print(table)
-    return table
+        figures = (cell(mean[name]) for name in ("recall", "false_positive_rate", "auc"))
+        rows.append(("mean over sources", "", mean["model"], "", *figures, "", ""))
+    title = "sources left out of training: per cent with 95 % intervals"
+    return Sheet(title, columns, tuple(rows), left=3, totals=len(report["means"]))

@@ -218,7 +218,8 @@ def measure(
         known = {line["id"]: from_json(line["outcome"]) for line in book} if book else {}
         due = [row for row in rows if _key(row, asked) not in known]
         if len(due) < len(rows):
-            console.print(f"{len(rows) - len(due)} of {len(rows)} rows are in {journal}; {len(due)} are left to ask")
+            told = f"{len(rows) - len(due)} of {len(rows)} rows are in {journal}; {len(due)} are left to ask"
+            console.print(told, markup=False)
 
         def done(one: Asked) -> None:
             said = outcome(one.row, one.outcome, seconds=one.seconds, model=name, revision=revision)
@@ -273,8 +274,7 @@ def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, con
     summary = {"data": data.name, "limit": limit, **summarise(outcomes, model=name, revision=revision)}
     for sheet in tables.all_sheets({name: summary}, None):
         console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
     return summary
 
 

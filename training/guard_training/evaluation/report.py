@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from rich.table import Table
+from rich.console import Console
 
+from guard_training.corpus.rows import Skipped
 from guard_training.evaluation import plots, tables
+from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.metrics import Mode, called, groups
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side
 
@@ -56,10 +58,10 @@ def render(
     first = next(iter(summaries))
     return page(
         f"Evaluation of {first}",
-        first,
         _sections(summaries, outcomes, compared),
         facts=facts,
         about=_ABOUT[mode],
+        model=first,
         mistakes=mistakes(outcomes[first], mode),
         skipped=skipped,
     )
@@ -67,15 +69,15 @@ def render(
 
 def page(
     title: str,
-    model: str,
     sections: Sequence[Section],
     *,
     facts: Sequence[tuple[str, str]],
     about: str = "",
+    model: str = "",
     mistakes: Sequence[Mistakes] = (),
     skipped: str = "",
 ) -> str:
-    """A page of sections; those that hold nothing are left out."""
+    """A page of sections; those that hold nothing are left out. The mistakes are those of ``model``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,13 +95,32 @@ def page(
     )
 
 
-def write_table(path: Path, table: Table, plot: Plot, *, model: str, facts: Sequence[tuple[str, str]]) -> None:
-    """A page of one table of the terminal and its plot."""
-    columns = tuple(str(column.header) for column in table.columns)
-    rows = tuple(zip(*(map(str, column.cells) for column in table.columns), strict=True))
-    left = sum(column.justify == "left" for column in table.columns)
-    sheet = tables.Sheet(str(table.title), columns, rows, left=left)
-    write_report(path, page(str(table.title), model, [Section("Figures", (sheet,), (plot,))], facts=facts))
+def present(
+    report: dict[str, Any],
+    sheet: tables.Sheet,
+    *,
+    lines: Sequence[str] = (),
+    facts: Sequence[tuple[str, str]],
+    caption: str,
+    draw: Callable[[], str],
+    skipped: Skipped,
+    console: Console,
+    json_file: Path | None,
+    page_file: Path | None,
+) -> None:
+    """The end of a measurement that has one table: the figures as JSON, the table with ``lines`` below it, the page.
+
+    The page's plot is what ``draw`` gives, with its ``caption``.
+    """
+    if json_file:
+        write_json(report, json_file)
+    console.print(sheet.rich())
+    for line in lines:
+        console.print(line, markup=False)
+    if page_file:
+        section = Section("Figures", (sheet,), (Plot(caption, draw()),))
+        write_report(page_file, page(sheet.title, [section], facts=facts))
+    skipped.tell(console)
 
 
 def write_report(path: Path, page: str) -> None:

@@ -13,16 +13,15 @@ Answers are kept under the digest of what was asked and of the guard's revision 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_training.corpus.rows import Row, Skipped, read_good_rows
 from guard_training.evaluation import plots
@@ -30,9 +29,9 @@ from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import identity, measure, sample
 from guard_training.evaluation.outcomes import Outcome, Side
 from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
-from guard_training.evaluation.report import Plot, write_table
+from guard_training.evaluation.report import present
 from guard_training.evaluation.stats import Rate
-from guard_training.evaluation.tables import cell
+from guard_training.evaluation.tables import Sheet, cell
 
 _PLAIN = "as it is"
 _Z = 1.959963984540054
@@ -132,13 +131,22 @@ def measure_robustness(
         "left_out": len(skipped.reasons),
         "variants": [_entry(way, chosen, said[0], form, side) for way, form in zip(ways, said, strict=True)],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     figures = {name: {"sources": [{**one, "source": one["name"], "side": one["group"]} for one in report["variants"]]}}
-    drawn = Plot("Recall and false positives by perturbation, with 95 % intervals", plots.rates(figures))
-    facts = [("Data", data.name), ("Rows", str(len(chosen))), ("Model", f"{name}, revision {revision}")]
-    write_table(output / "report.html", print_table(report, console), drawn, model=name, facts=facts)
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False)
+    present(
+        report,
+        _sheet(report),
+        lines=[
+            f"{len(chosen)} rows; sources pooled here and apart in report.json; changes are against the same rows as "
+            "they are"
+        ],
+        facts=[("Data", data.name), ("Rows", str(len(chosen))), ("Model", f"{name}, revision {revision}")],
+        caption="Recall and false positives by perturbation, with 95 % intervals",
+        draw=partial(plots.rates, figures),
+        skipped=skipped,
+        console=console,
+        json_file=output / "report.json",
+        page_file=output / "report.html",
+    )
     return report
 
 
@@ -200,32 +208,28 @@ def _hit(said: Outcome, side: Side, label: str) -> bool:
     return said.called(side) == "harmful" if label == "harmful" else said.called(side) != "unharmful"
 
 
-def print_table(report: Mapping[str, Any], console: Console) -> Table:
-    table = Table(title=f"{report['model']} {report['revision']}: {report['side']}s, per cent with 95 % intervals")
+def _sheet(report: Mapping[str, Any]) -> Sheet:
     columns = (
         "perturbation", "group", "harmful", "recall", "change", "harmless", "false positives", "change", "area (ROC)",
         "errors",
     )  # fmt: skip
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
+    rows = []
     for entry in report["variants"]:
         recall, alarms = entry["recall"], entry["false_positive_rate"]
         plain = entry["name"] == _PLAIN
-        table.add_row(
-            entry["name"],
-            entry["group"],
-            str(recall["n"] if recall else 0),
-            cell(recall),
-            "" if plain else cell(entry["recall_change"]),
-            str(alarms["n"] if alarms else 0),
-            cell(alarms),
-            "" if plain else cell(entry["false_positive_rate_change"]),
-            cell(entry["auc"]),
-            str(entry["errors"]) if entry["errors"] else "-",
+        rows.append(
+            (
+                entry["name"],
+                entry["group"],
+                str(recall["n"] if recall else 0),
+                cell(recall),
+                "" if plain else cell(entry["recall_change"]),
+                str(alarms["n"] if alarms else 0),
+                cell(alarms),
+                "" if plain else cell(entry["false_positive_rate_change"]),
+                cell(entry["auc"]),
+                str(entry["errors"] or "-"),
+            )
         )
-    console.print(table)
-    console.print(
-        f"{report['rows']} rows; sources pooled here and apart in report.json; changes are against the same rows as "
-        "they are"
-    )
-    return table
+    title = f"{report['model']} {report['revision']}: {report['side']}s, per cent with 95 % intervals"
+    return Sheet(title, columns, tuple(rows), left=2)

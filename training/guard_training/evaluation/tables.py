@@ -21,20 +21,21 @@ COLUMNS = ("source", "judged", "rows", "harmful", "recall", "false positives", "
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """``left`` is how many columns are words; the others are figures."""
+    """``left`` is how many columns are words; the others are figures. A rule stands above the last ``totals`` rows."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     left: int = 1
+    totals: int = 0
 
     def rich(self) -> Table:
         table = Table(title=escape(self.title), caption=escape(self.note) or None, caption_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(escape(column), justify="left" if number < self.left else "right")
-        for row in self.rows:
-            table.add_row(*map(escape, row))
+        for number, row in enumerate(self.rows, 1):
+            table.add_row(*map(escape, row), end_section=number == len(self.rows) - self.totals)
         return table
 
     def markdown(self) -> str:

@@ -14,6 +14,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from guard_middleware.guard.reader import Reader
+
 Read = Callable[[bytes], str]
 
 
@@ -48,3 +50,8 @@ def _pair(line: bytes) -> tuple[str, str] | None:
     except (ValueError, TypeError):
         return None
     return digest, text
+
+
+def reader(wanted: bool) -> Read | None:
+    """The reader that serves, where the guard is served with one. Raises ``ConfigError`` where it is not installed."""
+    return Reader().read if wanted else None

@@ -21,11 +21,11 @@ import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from guard_training.corpus.rows import Row
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
+from guard_training.evaluation.tables import Sheet
 from guard_training.process import LAUNCH, run_child
 from guard_training.rowfile import write_whole
 from guard_training.tuning.grpo import GrpoSettings
@@ -124,25 +124,23 @@ def _as_far_as_it_came(folder: Path, note: str | None) -> str | None:
     return str(found) if found else None
 
 
-def table(results: Sequence[Result]) -> Table:
+def sheet(results: Sequence[Result]) -> Sheet:
     """Per cent with 95 % intervals; the difference in mean F1 is paired."""
-    title = "Ablations of online RL: per cent, with 95 % intervals"
-    out = Table(title=title, caption=_NOTE, caption_justify="left")
-    for column in ("variant", "mean F1", "recall", "false positives", "format", "reasoning tokens", "F1 to full"):
-        out.add_column(column, justify="left" if column == "variant" else "right")
-    for one in results:
-        if one.summary is None:
-            out.add_row(one.variant, f"not trained: {one.note}")
-            continue
-        means, tokens = one.summary["means"], one.summary["mean_reasoning_tokens"]
-        out.add_row(
-            f"{one.variant} (stopped by an alarm)" if one.note else one.variant,
-            *(_cell(means[name]) for name in ("f1", "recall", "false_positive_rate")),
-            _cell(one.summary["format_compliance"]),
-            "-" if tokens is None else f"{tokens:.1f}",
-            _cell((one.difference or {}).get("f1"), "difference", "+"),
-        )
-    return out
+    columns = ("variant", "mean F1", "recall", "false positives", "format", "reasoning tokens", "F1 to full")
+    return Sheet("Ablations of online RL: per cent, with 95 % intervals", columns, tuple(map(_cells, results)), _NOTE)
+
+
+def _cells(one: Result) -> tuple[str, ...]:
+    if one.summary is None:
+        return one.variant, f"not trained: {one.note}", *[""] * 5
+    means, tokens = one.summary["means"], one.summary["mean_reasoning_tokens"]
+    return (
+        f"{one.variant} (stopped by an alarm)" if one.note else one.variant,
+        *(_cell(means[name]) for name in ("f1", "recall", "false_positive_rate")),
+        _cell(one.summary["format_compliance"]),
+        "-" if tokens is None else f"{tokens:.1f}",
+        _cell((one.difference or {}).get("f1"), "difference", "+"),
+    )
 
 
 def _cell(figure: Mapping[str, Any] | None, key: str = "value", sign: str = "") -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, labelled, read_good_rows, row_to_json
+from guard_training.evaluation.tables import Sheet
 from guard_training.journal import Journal
 from guard_training.rowfile import begin, bring_image, digest
 from guard_training.tuning.concatenation import Options, compose, count_for, plan, size_of
@@ -68,9 +68,8 @@ def augment(
                 if row.id not in journal.done:
                     journal.append(row_to_json(bring_image(row, output.parent), output.parent))
     with Journal(output) as journal:
-        console.print(table(journal))
-    if skipped.reasons:
-        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
+        console.print(_sheet(journal).rich())
+    skipped.tell(console, output.with_name(f"{output.stem}.skipped.txt"))
 
 
 def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
@@ -87,9 +86,9 @@ def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
     return kept
 
 
-def table(lines: Iterable[dict[str, Any]]) -> Table:
+def _sheet(lines: Iterable[dict[str, Any]]) -> Sheet:
     """Rows by what they are (plain, or the layout of the mix) and by label."""
-    labels = ("harmful", "unharmful", None)
+    named = [(side, label) for side in ("request", "response") for label in ("harmful", "unharmful", None)]
     counts: dict[str, Counter[tuple[str, str | None]]] = {}
     for line in lines:
         mixed = line.get("concatenation")
@@ -97,13 +96,6 @@ def table(lines: Iterable[dict[str, Any]]) -> Table:
         counts.setdefault(name, Counter()).update(
             [("rows", None), ("request", line["prompt_label"]), ("response", line["response_label"])]
         )
-    out = Table(title="Rows by label")
-    out.add_column("rows")
-    out.add_column("number", justify="right")
-    for side in ("request", "response"):
-        for label in labels:
-            out.add_column(f"{side}\n{label or 'none'}", justify="right")
-    for name, found in counts.items():
-        numbers = [found[side, label] for side in ("request", "response") for label in labels]
-        out.add_row(name, str(found["rows", None]), *map(str, numbers))
-    return out
+    rows = [(name, *(str(found[key]) for key in (("rows", None), *named))) for name, found in counts.items()]
+    columns = ("rows", "number", *(f"{side}\n{label or 'none'}" for side, label in named))
+    return Sheet("Rows by label", columns, tuple(rows))

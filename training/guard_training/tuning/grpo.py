@@ -320,7 +320,7 @@ def train(
     begin(output / "run", settings)
     folder, last = output / "model", last_checkpoint(output)
     if (folder / "guard.json").is_file():
-        console.print(f"{folder} is finished")
+        console.print(f"{folder} is finished", markup=False)
         return folder
     reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
     chosen = select(recipe, contract, rows, skipped, reader)

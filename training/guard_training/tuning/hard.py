@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from guard_middleware.errors import GuardError
 from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
+from guard_training.evaluation.tables import Sheet
 from guard_training.journal import Journal
 from guard_training.rowfile import OutputError, begin, bring_image, digest, write_whole
 from guard_training.tuning.contract import Contract, pictures
@@ -111,10 +110,9 @@ def reject(
     groups = statistics(rows, counts, kept, sampling.k)
     if report is not None:
         write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
-    console.print(table(groups, sampling.k))
+    console.print(_sheet(groups, sampling.k).rich())
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
-    if skipped.reasons:
-        console.print(skipped.report(output.with_name(f"{output.stem}.skipped.txt")), markup=False, soft_wrap=True)
+    skipped.tell(console, output.with_name(f"{output.stem}.skipped.txt"))
 
 
 def batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -164,17 +162,21 @@ def _line(row: Row, counts: Counts, folder: Path) -> dict[str, Any]:
     return {**row_to_json(bring_image(row, folder), folder), "rejection": found}
 
 
-def table(groups: Sequence[Group], k: int) -> Table:
+def _sheet(groups: Sequence[Group], k: int) -> Sheet:
     """The statistics as the terminal shows them."""
-    out = Table(title="Rows by the number of samples that were right")
-    for column in ("source", "modality"):
-        out.add_column(column)
-    names = ["rows", *(str(n) for n in range(k + 1)), "malformed %", "cut off %", "mean tokens", "kept"]
-    for column in names:
-        out.add_column(column, justify="right")
-    for group, following in zip_longest(groups, groups[1:]):
-        totals_next = following is not None and group.source != following.source == "all"
-        shares = f"{100 * group.malformed:.1f}", f"{100 * group.cut:.1f}", f"{group.length:.1f}"
-        numbers = (str(group.rows), *map(str, group.right), *shares, str(group.kept))
-        out.add_row(group.source, group.modality, *numbers, end_section=totals_next)
-    return out
+    counts = ("rows", *map(str, range(k + 1)), "malformed %", "cut off %", "mean tokens", "kept")
+    rows = [
+        (
+            group.source,
+            group.modality,
+            str(group.rows),
+            *map(str, group.right),
+            f"{100 * group.malformed:.1f}",
+            f"{100 * group.cut:.1f}",
+            f"{group.length:.1f}",
+            str(group.kept),
+        )
+        for group in groups
+    ]
+    title, totals = "Rows by the number of samples that were right", sum(group.source == "all" for group in groups)
+    return Sheet(title, ("source", "modality", *counts), tuple(rows), left=2, totals=totals)

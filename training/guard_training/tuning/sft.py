@@ -242,7 +242,7 @@ def train(
     begin_once(output, {"data": digest(data), **asdict(recipe), "model": contract.facts.revision})
     folder, checkpoints = output / "model", output / "checkpoints"
     if (folder / "guard.json").is_file():
-        console.print(f"{folder} is finished", highlight=False)
+        console.print(f"{folder} is finished", markup=False, highlight=False)
         return folder
     # what the main process has read stands in the file when the others come
     with PartialState().main_process_first():

@@ -139,11 +139,11 @@ def run(
     begin(plan.output / "update", plan.settings())
     target = plan.output / "revision"
     if target.is_dir():
-        console.print(f"{target} is finished", highlight=False)
+        console.print(f"{target} is finished", markup=False, highlight=False)
         return target
     prepared = prepare(plan, console=console, skipped=skipped, ask=ask, read=read)
     new = train(plan)
-    console.print(f"new guard: {new}", highlight=False)
+    console.print(f"new guard: {new}", markup=False, highlight=False)
     asked = [*(row for rows in prepared.evaluation.values() for row in rows), *prepared.golden, *prepared.corrected]
     before = {one.id: one for one in measure(asked, plan.model, plan.output / "current.jsonl", REASON)}
     after = {one.id: one for one in measure(asked, str(new), plan.output / "new.jsonl", REASON)}

@@ -68,6 +68,5 @@ def train_lessons(folder: Path, *, console: Console, read: Read | None = None, c
         cpu=cpu,
         contract=chat_contract(recipe.model, max_pixels=recipe.max_pixels),
     )
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
+    skipped.tell(console)
     return folder / RUN / "model"
