@@ -333,7 +333,7 @@ def streaming(what: Ruling, data: tuple[str, ...]) -> Gateway:
 
     def reply(request: ParsedRequest) -> Reply:
         parsed = finished(CHAT_COMPLETIONS.stream_parser(request, Options()), (Event("", text) for text in data))
-        return Reply(200, ((b"content-type", parsed.content_type),), parsed.render(what))
+        return Reply(200, ((b"content-type", SSE_TYPE),), parsed.render(what))
 
     return Gateway(reply)
 
