@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from guard_training.commands import augment
-from guard_training.corpus.rows import read_rows
+from tests.support.rows import read_rows
 
 
 def call(*arguments: object) -> None:

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from guard_training.commands import corpus
-from guard_training.corpus.rows import CorpusError, read_rows
+from guard_training.corpus.rows import CorpusError
 from guard_training.corpus.sources.registry import SOURCES
+from tests.support.rows import read_rows
 
 MAIN = """
 import argparse, sys

@@ -17,9 +17,9 @@ from guard_training.corpus.rows import (
     open_text,
     passages,
     read_good_rows,
-    read_rows,
     unique_prompts,
 )
+from tests.support.rows import read_rows
 
 ROW = {"id": "a", "source": "s", "prompt": "how do I pick a lock", "prompt_label": "unharmful", "response": None}
 
@@ -66,12 +66,11 @@ def test_a_bad_row_is_refused_with_its_line_and_the_good_ones_go_on(
 ) -> None:
     good, bad = json.dumps(ROW).encode(), line.encode() if isinstance(line, str) else line
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, bad, good]))
-    with pytest.raises(CorpusError, match=rf"^a\.jsonl:2: .*{reason}"):
-        read_rows(tmp_path / "a.jsonl")
     skipped = Skipped()
     assert [row.id for row in read_good_rows(tmp_path / "a.jsonl", skipped)] == ["a", "a"]
-    assert len(skipped.reasons) == 1
-    assert reason in skipped.reasons[0]
+    (said,) = skipped.reasons
+    assert said.startswith("a.jsonl:2: ")
+    assert reason in said
 
 
 def test_a_row_that_was_read_is_named_by_its_file_and_line_and_stays_equal_to_one_that_was_made(tmp_path: Path) -> None:
@@ -110,8 +109,6 @@ def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
         assert skipped.reasons[-1].startswith(
             f"a.jsonl.gz:{len(found) + 1}: the file is broken or cut off from here on"
         )
-        with pytest.raises(CorpusError, match=r"^a\.jsonl\.gz:"):
-            read_rows(path)
 
 
 def test_a_byte_that_is_no_utf8_spoils_its_own_line_only(tmp_path: Path) -> None:

@@ -56,8 +56,9 @@ def run(given: argparse.Namespace) -> None:
     from rich.console import Console
     from transformers.utils import logging
 
+    from guard_training.nano.drawn import Read
     from guard_training.tuning.contract import load_contract
-    from guard_training.tuning.hard import Read, Selection, reject
+    from guard_training.tuning.hard import Selection, reject
     from guard_training.tuning.sampling import Sampler, Sampling, TransformersSampler, VllmSampler
 
     logging.disable_progress_bar()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, TextIO, cast
 
 from guard_middleware.types import Label
 
@@ -86,7 +86,8 @@ class Skipped:
 
 
 def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
-    """Like ``read_rows``, but a bad line goes to ``skipped`` and the reading goes on."""
+    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. What is bad goes to
+    ``skipped`` and the reading goes on."""
     return list(_rows(path, skipped))
 
 
@@ -105,7 +106,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
-    """The row as ``read_rows`` takes it back from a file in ``folder``, which must hold its image."""
+    """The row as ``read_good_rows`` takes it back from a file in ``folder``, which must hold its image."""
     return {
         "id": row.id,
         "source": row.source,
@@ -121,11 +122,6 @@ def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. Raises ``CorpusError``."""
-    return list(_rows(path, _refuse))
-
-
 def encodable(text: str) -> bool:
     """Whether a text can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
     try:
@@ -133,10 +129,6 @@ def encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise CorpusError(reason)
 
 
 def _rows(path: Path, bad: Callable[[str], object]) -> Iterator[Row]:

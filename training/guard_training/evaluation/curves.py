@@ -118,16 +118,16 @@ class Bin:
     harmful: Rate
 
 
-def reliability(harmful: ArrayLike, scores: ArrayLike, bins: int = BINS) -> list[Bin]:
+def reliability(harmful: ArrayLike, scores: ArrayLike) -> list[Bin]:
     """Bins of equal width (Guo et al. 2017, section 2)."""
     truth, score = np.asarray(harmful, dtype=bool), np.asarray(scores, dtype=np.float64)
-    number = np.minimum((score * bins).astype(int), bins - 1)
+    number = np.minimum((score * BINS).astype(int), BINS - 1)
     out = []
-    for index in range(bins):
+    for index in range(BINS):
         inside = number == index
         rows = int(inside.sum())
         mean = float(score[inside].mean()) if rows else None
-        out.append(Bin(index / bins, (index + 1) / bins, rows, mean, Rate(int(truth[inside].sum()), rows)))
+        out.append(Bin(index / BINS, (index + 1) / BINS, rows, mean, Rate(int(truth[inside].sum()), rows)))
     return out
 
 

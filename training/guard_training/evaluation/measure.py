@@ -30,11 +30,8 @@ from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
 from guard_middleware.worker.weights import resolve
 from guard_training.corpus.conversation import conversation, judgeable
-from guard_training.corpus.rows import Row, Skipped, labelled, read_good_rows
-from guard_training.evaluation import tables
-from guard_training.evaluation.metrics import summarise
+from guard_training.corpus.rows import Row, Skipped, labelled
 from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_json
-from guard_training.evaluation.tables import cell as cell
 from guard_training.journal import Journal
 
 #: Weights of 7B from a cold disk, and vLLM's compilation, take minutes; a worker that ends is noticed at once.
@@ -262,20 +259,6 @@ def _gone(answered: int, total: int, error: BaseException, journal: Path | None)
 def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
     """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
     return judgeable(labelled(rows, skipped), skipped)
-
-
-def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, console: Console) -> dict[str, Any]:
-    """Measures ``model`` on a data file and prints the table; returns the figures."""
-    skipped = Skipped()
-    rows = sample(usable(read_good_rows(data, skipped), skipped), limit)
-    outcomes = measure(rows, model, concurrency=concurrency, console=console)
-    name, revision = identity(model)
-    summary = {"data": data.name, "limit": limit, **summarise(outcomes, model=name, revision=revision)}
-    for sheet in tables.all_sheets({name: summary}, None):
-        console.print(sheet.rich())
-    if skipped.reasons:
-        console.print(skipped.summary(), markup=False, highlight=False)
-    return summary
 
 
 def write_json(summary: dict[str, Any], file: Path) -> None:

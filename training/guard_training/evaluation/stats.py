@@ -82,12 +82,12 @@ def confusion(pairs: Sequence[tuple[bool, bool | None]]) -> Confusion:
     return Confusion(*(counts[number] for number in range(4)))
 
 
-def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS, seed: int = 0) -> Interval | None:
+def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS) -> Interval | None:
     """Percentile bootstrap 95 % interval of F1 over the rows; None where F1 has no meaning."""
     counts = confusion(pairs)
     if counts.f1 is None:
         return None
-    return percentiles(figures(resample(counts, np.random.default_rng(seed), draws))["f1"])
+    return percentiles(figures(resample(counts, np.random.default_rng(0), draws))["f1"])
 
 
 def resample(counts: Confusion, rng: np.random.Generator, draws: int = DRAWS) -> Array:

@@ -44,7 +44,6 @@ from guard_training.tuning.run import (
     freeze,
     last_checkpoint,
     peak_memory,
-    report_to,
     save_guard,
 )
 from guard_training.tuning.scoring import SafetyReward
@@ -167,7 +166,7 @@ def arguments(recipe: GrpoSettings, output: Path, rows: int, *, cpu: bool) -> GR
         save_steps=recipe.save_every * recipe.updates_per_rollout,
         save_total_limit=2,
         logging_steps=1,
-        report_to=report_to(),
+        report_to="tensorboard",
         seed=recipe.seed,
         data_seed=recipe.seed,
     )

@@ -17,6 +17,7 @@ from rich.table import Table
 from guard_middleware.errors import GuardError
 from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
+from guard_training.nano.drawn import Read
 from guard_training.rowfile import OutputError, begin, bring_image, digest, write_whole
 from guard_training.tuning.contract import Contract, pictures
 from guard_training.tuning.rejection import (
@@ -30,8 +31,6 @@ from guard_training.tuning.rejection import (
     to_json,
 )
 from guard_training.tuning.sampling import Prompt, Sampler, Sampling, row_seed
-
-Read = Callable[[bytes], str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ guard's folder at the end.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -182,8 +181,3 @@ def curves(stage: str) -> list[TrainerCallback]:
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 
     return [OtelCurves(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]), stage)]
-
-
-def report_to() -> str:
-    """Where Trainer itself sends its curves: TensorBoard, where it is installed."""
-    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"

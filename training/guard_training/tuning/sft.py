@@ -42,7 +42,6 @@ from guard_training.tuning.run import (
     curves,
     freeze,
     last_checkpoint,
-    report_to,
     save_guard,
 )
 from guard_training.tuning.settings import RecipeError, SftSettings
@@ -181,7 +180,7 @@ def arguments(recipe: SftSettings, output: Path, *, cpu: bool) -> SFTConfig:
         save_total_limit=recipe.keep_checkpoints,
         logging_steps=recipe.log_every,
         logging_first_step=True,
-        report_to=report_to(),
+        report_to="tensorboard",
         disable_tqdm=True,
         seed=recipe.seed,
         data_seed=recipe.seed,

@@ -150,9 +150,9 @@ def verify(folder: Path) -> ModelFacts:
     return facts
 
 
-def data_file(role: str, path: Path, rows: int | None = None) -> dict[str, Any]:
+def data_file(role: str, path: Path) -> dict[str, Any]:
     """An entry of the lineage: a file by name and digest, never by its place."""
-    return {"role": role, "file": path.name, "sha256": digest(path), **({} if rows is None else {"rows": rows})}
+    return {"role": role, "file": path.name, "sha256": digest(path)}
 
 
 def lineage(
