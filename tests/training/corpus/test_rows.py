@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from guard_training.corpus.rows import (
+    BrokenFileError,
     CorpusError,
     Row,
     Skipped,
     held_out,
     labelled,
-    open_text,
     passages,
     read_good_rows,
+    read_lines,
     unique_prompts,
 )
 from tests.support.rows import read_rows
@@ -82,7 +83,7 @@ def test_a_row_that_was_read_is_named_by_its_file_and_line_and_stays_equal_to_on
 
 
 def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="is a folder; give a file of rows in it"):
+    with pytest.raises(CorpusError, match="is a folder; give a file in it"):
         read_good_rows(tmp_path, Skipped())
 
 
@@ -111,21 +112,11 @@ def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
         )
 
 
-def test_a_byte_that_is_no_utf8_spoils_its_own_line_only(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('"ä"\n'.encode() + b'"\xff"\n"b"\n')
-    with open_text(path) as lines:
-        first, second, third = lines
-    assert (json.loads(first), json.loads(third)) == ("ä", "b")
-    with pytest.raises(ValueError, match="Invalid"):
-        json.loads(second)
-
-
 @pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9)[:-9], b"no gzip"])
 def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(data)
-    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz: the file is broken"), open_text(tmp_path / "a.jsonl.gz") as f:
-        list(f)
+    with pytest.raises(BrokenFileError, match=r"^a\.jsonl\.gz:1: the file is broken"):
+        list(read_lines(tmp_path / "a.jsonl.gz", lambda value, where: where, pytest.fail, "a line"))
 
 
 def test_about_the_wanted_share_is_held_out_and_always_the_same() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 from guard_middleware.errors import GuardError
 from guard_middleware.types import Label, Verdict
-from guard_training.corpus.rows import Row, Skipped, open_text
+from guard_training.corpus.rows import Row, Skipped, read_lines
 
 Modality = Literal["text", "image", "text_image"]
 Side = Literal["request", "response"]
@@ -156,21 +156,15 @@ def read_outcomes(path: Path, skipped: Skipped) -> list[Outcome]:
     Raises ``OutcomeError`` where no line is good.
     """
     found: dict[str, Outcome] = {}
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise OutcomeError("not an object")
-                one = from_json(value)
-                if one.id in found:
-                    raise OutcomeError(f"id {one.id!r} a second time")
-            except (ValueError, RecursionError) as error:
-                skipped(f"{path.name}:{number}: not an outcome ({error})")
-            else:
-                found[one.id] = one
+
+    def new(value: Mapping[str, Any], where: str) -> Outcome:
+        one = from_json(value)
+        if one.id in found:
+            raise OutcomeError(f"id {one.id!r} a second time")
+        return one
+
+    for one in read_lines(path, new, skipped, "an outcome"):
+        found[one.id] = one
     if not found:
         raise OutcomeError(
             f"{path}: not an outcome in it; `guard-train evaluate --outcomes` writes them; {skipped.summary()}"
