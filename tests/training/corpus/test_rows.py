@@ -112,10 +112,10 @@ def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
         )
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9)[:-9], b"no gzip"])
+@pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9, mtime=0)[:-9], b"no gzip"], ids=["cut off", "no gzip"])
 def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(data)
-    with pytest.raises(BrokenFileError, match=r"^a\.jsonl\.gz:1: the file is broken"):
+    with pytest.raises(BrokenFileError, match=r"^a\.jsonl\.gz:\d+: the file is broken"):
         list(read_lines(tmp_path / "a.jsonl.gz", lambda value, where: where, pytest.fail, "a line"))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from guard_middleware.types import Blob, Conversation, Message, Part, Text
-from guard_training.corpus.rows import CorpusError, Row, Skipped
+from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled
 
 _FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
@@ -46,3 +46,8 @@ def judgeable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
         else:
             kept.append(row)
     return kept
+
+
+def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
+    """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
+    return judgeable(labelled(rows, skipped), skipped)

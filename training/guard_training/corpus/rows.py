@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -232,6 +233,17 @@ def distinct(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
         if kept.setdefault(row.id, row) is not row:
             skipped(f"{row.name}: a second row with this id")
     return list(kept.values())
+
+
+def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
+    """At most ``limit`` rows of each source, drawn from a fixed seed."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.source].append(row)
+    rng = random.Random(seed)  # noqa: S311
+    return [
+        row for kept in groups.values() for row in (rng.sample(kept, limit) if limit and limit < len(kept) else kept)
+    ]
 
 
 def held_out(id: str, fraction: float) -> bool:

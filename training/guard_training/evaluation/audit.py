@@ -16,7 +16,6 @@ Lanham et al. 2023, "Measuring faithfulness in chain-of-thought reasoning".
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,9 +30,8 @@ from guard_middleware.guard.prompt import render
 from guard_middleware.worker.weights import resolve
 from guard_middleware.worker.windows import plan
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
-from guard_training.evaluation.measure import sample
 from guard_training.evaluation.probe import (
     INTERVENTIONS,
     Case,
@@ -51,6 +49,7 @@ from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
 from guard_training.evaluation.tables import cell
 from guard_training.journal import Journal
+from guard_training.rowfile import write_json
 from guard_training.tuning.contract import ContractError, load_contract
 
 
@@ -98,7 +97,7 @@ def audit(
         "interventions": [_effect(name, written, scores["as written"], scores[name]) for name in INTERVENTIONS],
         "sources": [_source(source, written, scores) for source in sorted({one.case.row.source for one in written})],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     rested = [{**one, "source": one["name"], "side": ""} for one in report["interventions"]]
     keys = (("changed", "verdict changed"), ("right", "agrees with the data"))
     drawn = Plot(

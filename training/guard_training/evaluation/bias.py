@@ -30,12 +30,12 @@ from rich.table import Table
 from guard_middleware.types import Label
 from guard_training.corpus.rows import Skipped, read_lines, row_id
 from guard_training.evaluation import plots
-from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
 from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.robustness import rate_json
 from guard_training.evaluation.stats import Array, Rate, percentiles
 from guard_training.evaluation.tables import cell
+from guard_training.rowfile import write_json
 
 DRAWS = 1000
 _KEYS = {"request": ("request", "prompt_label"), "response": ("response", "response_label")}
@@ -220,7 +220,7 @@ def report_bias(
         "sources": entries,
     }
     if json_file:
-        write_json(report, json_file)
+        write_json(json_file, report)
     table = print_table(report, console)
     if page:
         keys = (

@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
-from guard_training.evaluation.measure import measure, sample
+from guard_training.evaluation.measure import measure
 from guard_training.evaluation.perturb import subjects
 from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.robustness import mean_json, rate_json
@@ -42,7 +42,7 @@ from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal
 from guard_training.nano.recipe import Recipe
 from guard_training.process import LAUNCH, run_child
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import begin, digest, write_json
 
 #: Labelled requests that a source must have to be a fold of its own by default.
 LEAST = 50
@@ -257,7 +257,7 @@ def generalise(
             for model in dict.fromkeys(entry["model"] for entry in entries)
         ],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     by_guard = {
         mean["model"]: {"sources": [{**one, "side": ""} for one in entries if one["model"] == mean["model"]]}
         for mean in report["means"]

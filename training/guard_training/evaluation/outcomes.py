@@ -19,6 +19,7 @@ from typing import Any, Literal, cast, get_args
 from guard_middleware.errors import GuardError
 from guard_middleware.types import Label, Verdict
 from guard_training.corpus.rows import Row, Skipped, read_lines
+from guard_training.rowfile import write_whole
 
 Modality = Literal["text", "image", "text_image"]
 Side = Literal["request", "response"]
@@ -143,11 +144,7 @@ def from_json(value: Mapping[str, Any]) -> Outcome:
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Replaces the file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(to_json(one), ensure_ascii=False) + "\n" for one in outcomes)
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(to_json(one), ensure_ascii=False) + "\n" for one in outcomes).encode())
 
 
 def read_outcomes(path: Path, skipped: Skipped) -> list[Outcome]:

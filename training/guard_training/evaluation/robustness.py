@@ -13,7 +13,6 @@ Answers are kept under the digest of what was asked and of the guard's revision 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,15 +23,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
-from guard_training.evaluation.measure import identity, measure, sample
+from guard_training.evaluation.measure import identity, measure
 from guard_training.evaluation.outcomes import Outcome, Side
 from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
 from guard_training.evaluation.report import Plot, write_table
 from guard_training.evaluation.stats import Rate
 from guard_training.evaluation.tables import cell
+from guard_training.rowfile import write_json
 
 _PLAIN = "as it is"
 _Z = 1.959963984540054
@@ -132,7 +132,7 @@ def measure_robustness(
         "left_out": len(skipped.reasons),
         "variants": [_entry(way, chosen, said[0], form, side) for way, form in zip(ways, said, strict=True)],
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report)
     figures = {name: {"sources": [{**one, "source": one["name"], "side": one["group"]} for one in report["variants"]]}}
     drawn = Plot("Recall and false positives by perturbation, with 95 % intervals", plots.rates(figures))
     facts = [("Data", data.name), ("Rows", str(len(chosen))), ("Model", f"{name}, revision {revision}")]

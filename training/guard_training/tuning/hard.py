@@ -18,7 +18,7 @@ from guard_middleware.errors import GuardError
 from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
 from guard_training.journal import Journal
 from guard_training.nano.drawn import Read
-from guard_training.rowfile import OutputError, begin, bring_image, digest, write_whole
+from guard_training.rowfile import OutputError, begin, bring_image, digest, write_json, write_whole
 from guard_training.tuning.contract import Contract, pictures
 from guard_training.tuning.rejection import (
     Counts,
@@ -109,7 +109,7 @@ def reject(
     write_whole(output, "".join(f"{line}\n" for line in chosen).encode())
     groups = statistics(rows, counts, kept, sampling.k)
     if report is not None:
-        write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
+        write_json(report, [asdict(group) for group in groups])
     console.print(table(groups, sampling.k))
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
     if skipped.reasons:

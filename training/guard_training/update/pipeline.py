@@ -19,16 +19,16 @@ from rich.progress import track
 from guard_middleware.types import REASON, Judging
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
-from guard_training.corpus.conversation import judgeable
+from guard_training.corpus.conversation import judgeable, usable
 from guard_training.corpus.leakage import Fingerprints, readable
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
-from guard_training.evaluation.measure import identity, sample, usable, write_json
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
+from guard_training.evaluation.measure import identity
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.report import render, write_report
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.teacher import form
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import begin, digest, write_json
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import SftSettings
 from guard_training.update import gate, revision
@@ -267,8 +267,8 @@ def conclude(
     facts = resolve(str(new)).facts
     summaries = {path: _summary(plan, path, rows, after, facts) for path, rows in prepared.evaluation.items()}
     for path, summary in summaries.items():
-        write_json(summary, plan.output / "results" / f"{_stem(path)}.json")
-    write_json({**verdict.to_json(), "corrections": learnt}, plan.output / "update.json")
+        write_json(plan.output / "results" / f"{_stem(path)}.json", summary)
+    write_json(plan.output / "update.json", {**verdict.to_json(), "corrections": learnt})
     _report(plan, [before[id] for id in measured], [after[id] for id in measured])
     console.print(gate.sheet(verdict).rich())
     console.print(
