@@ -44,8 +44,7 @@ from guard_training.evaluation.probe import (
     question_key,
 )
 from guard_training.evaluation.report import Plot, write_table
-from guard_training.evaluation.robustness import mean_json, rate_json
-from guard_training.evaluation.stats import Rate
+from guard_training.evaluation.stats import Rate, mean_json, rate_json
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
 from guard_training.evaluation.tables import cell
 from guard_training.journal import Journal

@@ -32,8 +32,7 @@ from guard_training.corpus.rows import Skipped, read_lines, row_id
 from guard_training.evaluation import plots
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
 from guard_training.evaluation.report import Plot, write_table
-from guard_training.evaluation.robustness import rate_json
-from guard_training.evaluation.stats import Array, Rate, percentiles
+from guard_training.evaluation.stats import Array, Rate, percentiles, rate_json
 from guard_training.evaluation.tables import cell
 from guard_training.rowfile import write_json
 

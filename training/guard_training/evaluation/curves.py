@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from guard_training.evaluation.stats import Array, Interval, Rate
+from guard_training.evaluation.stats import Array, Interval, Rate, Z
 
 #: the false-positive rates of the threshold table
 RATES = (0.01, 0.05, 0.10, 0.20, 0.30)
@@ -71,7 +71,7 @@ def area_interval(harmful: ArrayLike, scores: ArrayLike) -> Interval | None:
     passed = 1 - _below(low, high)
     spread = math.sqrt(float(np.var(found, ddof=1)) / len(high) + float(np.var(passed, ddof=1)) / len(low))
     area = float(found.mean())
-    return max(0.0, area - 1.959964 * spread), min(1.0, area + 1.959964 * spread)
+    return max(0.0, area - Z * spread), min(1.0, area + Z * spread)
 
 
 def _below(values: Array, others: Array) -> Array:

@@ -35,8 +35,7 @@ from guard_training.evaluation.curves import area_interval, curve
 from guard_training.evaluation.measure import measure
 from guard_training.evaluation.perturb import subjects
 from guard_training.evaluation.report import Plot, write_table
-from guard_training.evaluation.robustness import mean_json, rate_json
-from guard_training.evaluation.stats import Rate
+from guard_training.evaluation.stats import Rate, mean_json, rate_json
 from guard_training.evaluation.tables import cell
 from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal

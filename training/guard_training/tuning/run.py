@@ -103,6 +103,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class StopAfter(TrainerCallback):
+    """Ends a run early on its own schedule, with a checkpoint to go on from."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self._step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
 class Meter(TrainerCallback):
     """Seconds per step and peak memory."""
 

@@ -24,7 +24,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.errors import GuardError
@@ -38,6 +37,7 @@ from guard_training.tuning.run import (
     Bar,
     Meter,
     ResumingTrainer,
+    StopAfter,
     adapters,
     curves,
     freeze,
@@ -185,18 +185,6 @@ def arguments(recipe: SftSettings, output: Path, *, cpu: bool) -> SFTConfig:
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run early on its own schedule, with a checkpoint to go on from."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= self._steps:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def build(

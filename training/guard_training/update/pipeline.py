@@ -21,7 +21,7 @@ from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
 from guard_training.corpus.conversation import judgeable, usable
 from guard_training.corpus.leakage import Fingerprints, readable
-from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
+from guard_training.corpus.rows import Row, Skipped, distinct, read_good_rows, sample
 from guard_training.evaluation.measure import identity
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
@@ -179,7 +179,7 @@ def prepare(
         kept_golden = usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped)
         if not any(measured.values()) or not kept_golden:
             raise UpdateError(f"no usable row in the evaluation files or in the golden set; {skipped.summary()}")
-        older = _named_once([row for path in plan.replay for row in read_good_rows(path, skipped)])
+        older = distinct([row for path in plan.replay for row in read_good_rows(path, skipped)], skipped)
         against = {path.name: rows for path, rows in evaluation.items()}
         against = {**against, f"the golden set {plan.golden.name}": golden}
         corrected = without_leaks([one.lesson for one in kept], against, skipped, fingerprints=prints, track=shown)
@@ -223,11 +223,6 @@ def prepare(
         measured,
         kept_golden,
     )
-
-
-def _named_once(rows: Sequence[Row]) -> list[Row]:
-    """The first row of every id: the guard's answers are kept by id."""
-    return list({row.id: row for row in reversed(rows)}.values())[::-1]
 
 
 def _askable(files: Mapping[Path, Sequence[Row]], limit: int | None, skipped: Skipped) -> dict[Path, list[Row]]:
