@@ -24,6 +24,7 @@ from peft import LoraConfig, PeftModel
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from guard_training.rowfile import begin
 from guard_training.tuning.contract import Contract, load_model
 from guard_training.tuning.settings import LoraSettings
 
@@ -46,6 +47,14 @@ def freeze(model: Any, *, vision: bool, projector: bool) -> None:
     for name, parameter in model.model.visual.named_parameters():
         if projector if name.startswith("merger.") else vision:
             parameter.requires_grad_(False)
+
+
+def begin_once(output: Path, settings: dict[str, Any]) -> None:
+    """Notes what a run is made of, in its folder, before any process goes on."""
+    state = PartialState()
+    if state.is_main_process:
+        begin(output / "run", settings)
+    state.wait_for_everyone()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -31,7 +31,7 @@ from guard_middleware.guard.prompt import ImageSlot, expand_images
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import digest
 from guard_training.tuning.contract import Contract, load_contract, load_model, open_image, pictures, target
 from guard_training.tuning.run import (
     Bar,
@@ -39,6 +39,7 @@ from guard_training.tuning.run import (
     ResumingTrainer,
     StopAfter,
     adapters,
+    begin_once,
     curves,
     freeze,
     last_checkpoint,
@@ -251,11 +252,3 @@ def train(
     if done.global_step < trainer.state.max_steps:
         return None
     return save_guard(trainer, contract, folder)
-
-
-def begin_once(output: Path, settings: dict[str, Any]) -> None:
-    """Notes what a run is made of, in its folder, before any process goes on."""
-    state = PartialState()
-    if state.is_main_process:
-        begin(output / "run", settings)
-    state.wait_for_everyone()
