@@ -69,17 +69,8 @@ def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
 def test_two_processes_share_a_rollout_of_both_modalities(recipe: Path, rows: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--no-python", str(Path(sys.executable).parent / "guard-train"), "grpo", "--rows", str(rows)]
-    command += [
-        "--recipe",
-        str(recipe),
-        "--set",
-        "batch_per_device=1",
-        "--set",
-        "reader=true",
-        "--output",
-        str(tmp_path / "out"),
-        "--cpu",
-    ]
+    command += ["--recipe", str(recipe), "--set", "batch_per_device=1", "--set", "reader=true"]
+    command += ["--output", str(tmp_path / "out"), "--cpu"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -11,7 +11,6 @@ from guard_training.commands import count, terminal
 
 if TYPE_CHECKING:
     from guard_middleware.worker.weights import ModelFacts
-    from guard_training.corpus.conversation import usable
     from guard_training.corpus.rows import Row, Skipped
     from guard_training.evaluation.outcomes import Outcome
 
@@ -105,6 +104,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.conversation import usable
     from guard_training.corpus.leakage import Fingerprints, readable
     from guard_training.corpus.rows import held_out, read_good_rows, sample
     from guard_training.update.lessons import HELD_BACK, without_leaks

@@ -15,7 +15,6 @@ from rich.console import Console
 from guard_training.commands import count, terminal
 
 if TYPE_CHECKING:
-    from guard_training.corpus.conversation import usable
     from guard_training.corpus.rows import Row, Skipped
     from guard_training.evaluation.outcomes import Outcome
 
@@ -141,6 +140,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.conversation import usable
     from guard_training.corpus.rows import read_good_rows, sample
     from guard_training.evaluation.benchmarks import fetch_images, find, read_benchmark
 
