@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_curve
 
 from guard_training.evaluation.stats import Array, Interval, Rate, Z
 
@@ -49,15 +50,10 @@ def curve(harmful: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = Non
     weight = np.ones(len(score)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not truth.any() or truth.all():
         return None
-    order = np.argsort(-score, kind="stable")
-    truth, score, weight = truth[order], score[order], weight[order]
-    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
-    found = np.append(0.0, np.cumsum(weight * truth)[last])
-    wrong = np.append(0.0, np.cumsum(weight * ~truth)[last])
-    with np.errstate(invalid="ignore"):
-        precision = np.where(found + wrong > 0, found / (found + wrong), 1.0)
-    thresholds = np.append(np.inf, score[last])
-    return Curve(thresholds, found / found[-1], wrong / wrong[-1], precision)
+    wrong, found, thresholds = roc_curve(truth, score, sample_weight=weight, drop_intermediate=False)
+    right, called = found * weight[truth].sum(), found * weight[truth].sum() + wrong * weight[~truth].sum()
+    precision = np.divide(right, called, out=np.ones_like(called), where=called > 0)
+    return Curve(thresholds, found, wrong, precision)
 
 
 def area_interval(harmful: ArrayLike, scores: ArrayLike) -> Interval | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 #: half the width of a normal 95 % interval, in standard deviations
 Z = 1.959963984540054
@@ -39,10 +40,8 @@ class Rate:
         """Wilson's score interval (Wilson 1927)."""
         if not self.total:
             return None
-        p, n, z2 = self.hits / self.total, self.total, Z * Z
-        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        low, high = binomtest(self.hits, self.total).proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,11 +204,8 @@ class Paired:
     @property
     def p(self) -> float:
         """Two-sided exact McNemar test that both are right equally often (McNemar 1947)."""
-        n, k = self.only_ours + self.only_theirs, min(self.only_ours, self.only_theirs)
-        if n == 0:
-            return 1.0
-        logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
-        return min(1.0, 2 * sum(math.exp(one - n * math.log(2)) for one in logs))
+        apart = self.only_ours + self.only_theirs
+        return float(binomtest(self.only_ours, apart).pvalue) if apart else 1.0
 
     def sides(self) -> tuple[Confusion, Confusion]:
         """Ours and theirs."""
@@ -258,6 +254,4 @@ def _multinomial(cells: Sequence[int], rng: np.random.Generator, draws: int) -> 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
     """The value below which ``share`` of the values lie (nearest rank)."""
-    if not values:
-        return None
-    return sorted(values)[min(len(values) - 1, max(0, math.ceil(share * len(values)) - 1))]
+    return np.quantile(values, share, method="inverted_cdf").item() if values else None
