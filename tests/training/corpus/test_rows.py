@@ -120,9 +120,9 @@ def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
 
 
 def test_about_the_wanted_share_is_held_out_and_always_the_same() -> None:
-    chosen = [held_out(f"row-{n}", 0.1) for n in range(2000)]
-    assert chosen == [held_out(f"row-{n}", 0.1) for n in range(2000)]
-    assert 140 < sum(chosen) < 260
+    chosen = [n for n in range(2000) if held_out(f"row-{n}", 0.1)]
+    assert chosen[:9] == [1, 4, 10, 14, 22, 23, 29, 31, 36]
+    assert len(chosen) == 209
 
 
 def test_the_same_prompt_is_kept_once() -> None:
