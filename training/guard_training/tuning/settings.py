@@ -67,7 +67,7 @@ def _reason(kind: type, error: ErrorDetails) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
     match error["type"]:
         case "unexpected_keyword_argument":
-            place = f"{path.removesuffix(f'.{key}')}: " if outer else ""
+            place = f"{path.rpartition('.')[0]}: " if outer else ""
             return f"{place}unknown key {key!r}; known keys: {', '.join(field.name for field in _fields(kind, outer))}"
         case "missing":
             return f"{path} is missing; copy it from the recipe of the same command"
