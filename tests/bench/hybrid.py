@@ -37,9 +37,8 @@ from guard_middleware.worker.engine_transformers import TransformersEngine
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, ServiceLimits
 from guard_middleware.worker.weights import resolve
-from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import Row, Skipped, held_out, read_good_rows
-from guard_training.evaluation.measure import sample, usable
+from guard_training.corpus.conversation import conversation, usable
+from guard_training.corpus.rows import Row, Skipped, held_out, read_good_rows, sample
 from guard_training.evaluation.metrics import groups, summarise
 from guard_training.evaluation.outcomes import Outcome, blank, outcome
 from guard_training.update.lessons import HELD_BACK

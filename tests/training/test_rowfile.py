@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from guard_training.nano.pool import make_stretches
-from guard_training.rowfile import kept_json, write_whole
+from guard_training.rowfile import kept_json, write_json, write_whole
 
 
 def test_a_run_that_goes_on_keeps_what_it_made(tmp_path: Path) -> None:
@@ -37,3 +39,17 @@ def test_a_kill_while_a_file_is_written_leaves_the_one_before(tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         write_whole(file, b"after")
     assert file.read_bytes() == b"before"
+
+
+def test_what_is_no_plain_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"said")
+    assert os.read(reader, 9) == b"said"
+    os.close(reader)
+
+
+def test_half_of_a_surrogate_pair_is_written_as_json_spells_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "a.json", {"é": "\ud800"})
+    assert (tmp_path / "new" / "a.json").read_text() == '{\n "é": "\\ud800"\n}\n'
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"é": "\ud800"}

@@ -154,7 +154,7 @@ def test_a_missing_file_says_what_to_write(tmp_path: Path) -> None:
 
 
 def test_the_bundled_set_begins_with_benign_cases_and_is_also_one_of_guard_train() -> None:
-    from guard_training.corpus.rows import read_rows
+    from tests.support.rows import read_rows
 
     found = golden.load(golden.BUNDLED)
     assert [case.benign for case in found] == sorted((case.benign for case in found), reverse=True)

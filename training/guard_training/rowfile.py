@@ -46,16 +46,26 @@ def begin(output: Path, settings: Mapping[str, Any]) -> bool:
         return True
     if output.exists():
         raise OutputError(f"{output} exists and no {note.name} says how it was made; give another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, text.encode() + b"\n")
     return False
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a kill leaves either all of it or nothing."""
+    """Writes a file, and the folder it is in, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # /dev/stdout is written to, not replaced
+        path.write_bytes(data)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(data)
     part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of one value, for people to read too."""
+    # backslashreplace: half of a surrogate pair has no UTF-8, but a JSON escape
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_whole(path, text.encode(errors="backslashreplace") + b"\n")
 
 
 def kept_json(path: Path, make: Callable[[], Any]) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from guard_training.corpus.rows import read_rows
 from tests.support.commands import call
+from tests.support.rows import read_rows
 
 
 def lines(path: Path) -> list[dict]:  # type: ignore[type-arg]

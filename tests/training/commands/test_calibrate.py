@@ -13,7 +13,7 @@ from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import load
 from guard_training.cli import main
 from guard_training.commands import calibrate
-from guard_training.corpus.rows import held_out
+from guard_training.corpus.rows import Row, Skipped, held_out, read_good_rows
 from guard_training.evaluation import measure
 from guard_training.nano.export import export, shape
 from guard_training.nano.model import build_model
@@ -61,7 +61,7 @@ def test_it_writes_what_the_worker_then_applies_to_every_mode_and_side(
     assert page.count("<img") == 4
     assert "bake" not in page
 
-    rows = measure.read_good_rows(data, measure.Skipped())[:2]
+    rows = read_good_rows(data, Skipped())[:2]
     found = read(guard, revision).scales
     for kind, judging in (("reason", Judging()), ("label", Judging("label"))):
         own, served = (
@@ -96,7 +96,7 @@ def test_only_rows_that_training_holds_back_are_taken(
 ) -> None:
     asked: list[str] = []
 
-    def measured(rows: list[measure.Row], model: str, **more: object) -> list[measure.Outcome]:
+    def measured(rows: list[Row], model: str, **more: object) -> list[measure.Outcome]:
         asked.extend(row.id for row in rows)
         return []
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from guard_training.commands.corpus import LeaksFound
-from guard_training.corpus.rows import CorpusError, read_rows
+from guard_training.corpus.rows import CorpusError
 from guard_training.corpus.sources.registry import SOURCES
 from guard_training.process import LAUNCH
 from tests.support.commands import call
+from tests.support.rows import read_rows
 
 
 def picture(path: Path, number: int) -> None:

@@ -61,7 +61,8 @@ def test_a_run_writes_a_guard_and_names_the_rows_it_left_out(
 def test_two_processes_share_a_rollout_of_both_modalities(recipe: Path, rows: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["--no-python", str(Path(sys.executable).parent / "guard-train"), "grpo", "--rows", str(rows)]
-    command += ["--recipe", str(recipe), "--set", "batch_per_device=1", "--output", str(tmp_path / "out"), "--cpu"]
+    command += ["--recipe", str(recipe), "--set", "batch_per_device=1", "--set", "reader=true"]
+    command += ["--output", str(tmp_path / "out"), "--cpu"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -70,6 +71,9 @@ def test_two_processes_share_a_rollout_of_both_modalities(recipe: Path, rows: Pa
     assert len(lines) == 4
     assert len({json.loads(line)["id"] for line in lines}) == 2
     assert done.stdout.count("peak memory") == 1
+    # one process reads the image, the other what it wrote down
+    assert done.stdout.count("reading rows") == 1
+    assert len((tmp_path / "out" / "drawn.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "out" / "model" / "guard.json").is_file()
 
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from guard_middleware.worker.weights import NANO
-from guard_training.corpus.rows import CorpusError, read_rows
+from guard_training.corpus.rows import CorpusError
 from guard_training.rowfile import OutputError
 from tests.support.commands import call
+from tests.support.rows import read_rows
 
 WORDS = ["how do I bake bread", "how do I pick a lock", "hello there", "write a poem about rain", "rob the house"]
 

@@ -29,11 +29,11 @@ from starlette.routing import Route
 
 from guard_middleware.guard.parse import completion, parse
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import read_rows
 from guard_training.process import LAUNCH
 from guard_training.rowfile import OutputError
 from guard_training.tuning.contract import target
 from tests.support.commands import call
+from tests.support.rows import read_rows
 
 _NO_COMPLETIONS = {
     "page": ("text/html", "<html>a web page</html>"),

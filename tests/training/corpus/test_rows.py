@@ -11,17 +11,18 @@ import pytest
 from rich.console import Console
 
 from guard_training.corpus.rows import (
+    BrokenFileError,
     CorpusError,
     Row,
     Skipped,
     held_out,
     labelled,
-    open_text,
     passages,
     read_good_rows,
-    read_rows,
+    read_lines,
     unique_prompts,
 )
+from tests.support.rows import read_rows
 
 ROW = {"id": "a", "source": "s", "prompt": "how do I pick a lock", "prompt_label": "unharmful", "response": None}
 
@@ -68,12 +69,11 @@ def test_a_bad_row_is_refused_with_its_line_and_the_good_ones_go_on(
 ) -> None:
     good, bad = json.dumps(ROW).encode(), line.encode() if isinstance(line, str) else line
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, bad, good]))
-    with pytest.raises(CorpusError, match=rf"^a\.jsonl:2: .*{reason}"):
-        read_rows(tmp_path / "a.jsonl")
     skipped = Skipped()
     assert [row.id for row in read_good_rows(tmp_path / "a.jsonl", skipped)] == ["a", "a"]
-    assert len(skipped.reasons) == 1
-    assert reason in skipped.reasons[0]
+    (said,) = skipped.reasons
+    assert said.startswith("a.jsonl:2: ")
+    assert reason in said
 
 
 def test_a_row_that_was_read_is_named_by_its_file_and_line_and_stays_equal_to_one_that_was_made(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_row_that_was_read_is_named_by_its_file_and_line_and_stays_equal_to_on
 
 
 def test_a_folder_is_no_file_of_rows(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="is a folder; give a file of rows in it"):
+    with pytest.raises(CorpusError, match="is a folder; give a file in it"):
         read_good_rows(tmp_path, Skipped())
 
 
@@ -125,31 +125,19 @@ def test_a_compressed_file_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None
         assert skipped.reasons[-1].startswith(
             f"a.jsonl.gz:{len(found) + 1}: the file is broken or cut off from here on"
         )
-        with pytest.raises(CorpusError, match=r"^a\.jsonl\.gz:"):
-            read_rows(path)
 
 
-def test_a_byte_that_is_no_utf8_spoils_its_own_line_only(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('"ä"\n'.encode() + b'"\xff"\n"b"\n')
-    with open_text(path) as lines:
-        first, second, third = lines
-    assert (json.loads(first), json.loads(third)) == ("ä", "b")
-    with pytest.raises(ValueError, match="Invalid"):
-        json.loads(second)
-
-
-@pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9)[:-9], b"no gzip"])
+@pytest.mark.parametrize("data", [gzip.compress(b"{}\n" * 9, mtime=0)[:-9], b"no gzip"], ids=["cut off", "no gzip"])
 def test_a_broken_file_is_named(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(data)
-    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz: the file is broken"), open_text(tmp_path / "a.jsonl.gz") as f:
-        list(f)
+    with pytest.raises(BrokenFileError, match=r"^a\.jsonl\.gz:\d+: the file is broken"):
+        list(read_lines(tmp_path / "a.jsonl.gz", lambda value, where: where, pytest.fail, "a line"))
 
 
 def test_about_the_wanted_share_is_held_out_and_always_the_same() -> None:
-    chosen = [held_out(f"row-{n}", 0.1) for n in range(2000)]
-    assert chosen == [held_out(f"row-{n}", 0.1) for n in range(2000)]
-    assert 140 < sum(chosen) < 260
+    chosen = [n for n in range(2000) if held_out(f"row-{n}", 0.1)]
+    assert chosen[:9] == [1, 4, 10, 14, 22, 23, 29, 31, 36]
+    assert len(chosen) == 209
 
 
 def test_the_same_prompt_is_kept_once() -> None:

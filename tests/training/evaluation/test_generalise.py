@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from guard_middleware.worker.weights import NANO
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.evaluation import generalise
 from guard_training.evaluation.generalise import Fold, GeneraliseError, Said, figures, linear, read_groups, train_guard
-from guard_training.evaluation.tfidf import BaselineError
 from guard_training.nano.recipe import Recipe, default_recipe, read_recipe
 from guard_training.rowfile import OutputError
 from tests.support.commands import call, parse
@@ -97,12 +95,6 @@ def test_the_baseline_judges_deeds_that_other_sources_taught_it(tmp_path: Path) 
     assert len(said) == len(fold.left_out) + len(fold.seen)
     for entry in figures(fold, said):
         assert entry["auc"]["value"] > 0.9
-
-
-def test_the_baseline_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
-    with pytest.raises(BaselineError, match="pip install 'scikit-learn"):
-        linear(_fold([Row("1", "a", "p", "harmful")], []))
 
 
 def test_the_quick_command_prints_every_fold_and_does_none_twice(

@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 
 from guard_middleware.types import Blob, Judging, Text
-from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import Row, Skipped
+from guard_training.corpus.conversation import conversation, usable
+from guard_training.corpus.rows import Row, Skipped, sample
 from guard_training.evaluation import measure
-from guard_training.evaluation.measure import WorkerFailed, sample, usable
+from guard_training.evaluation.measure import WorkerFailed
 from guard_training.evaluation.outcomes import Outcome
 from tests.support.gateway import scripted_worker
 

@@ -12,35 +12,7 @@ from guard_training.corpus.rows import Row
 from guard_training.evaluation import measure, robustness
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.perturb import PerturbError, Variant
-from guard_training.evaluation.robustness import paired_change
 from tests.support.commands import call
-
-
-def test_the_paired_change_counts_what_was_gained_and_lost() -> None:
-    change = paired_change([True, True, True, False], [True, False, False, True])
-    assert (change.gained, change.lost, change.total) == (1, 2, 4)
-    assert change.value == -0.25
-
-
-def test_the_interval_of_a_change_is_that_of_agresti_and_min() -> None:
-    # (3.5 - 12.5) / 42 = -0.21429, and 1.96 * sqrt(16 - 81 / 42) / 42 = 0.17505 to either side.
-    low, high = robustness.Change(3, 12, 40).interval or (0.0, 0.0)
-    assert (low, high) == pytest.approx((-0.38934, -0.03924), abs=1e-5)
-    assert robustness.Change(0, 0, 0).interval is None
-    low, high = robustness.Change(0, 0, 30).interval or (0.0, 0.0)
-    assert low < 0 < high
-
-
-def test_the_interval_of_a_mean_stays_within_what_its_values_can_be() -> None:
-    found = robustness.mean_json([1.0, 1.0, 0.0, 1.0], most=1.0) or {}
-    assert (found["value"], found["interval"][1]) == (0.75, 1.0)
-    assert found["interval"][0] == pytest.approx(0.26, abs=1e-3)
-    assert robustness.mean_json([]) is None
-
-
-def test_lists_of_different_length_are_no_pairs() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        paired_change([True], [])
 
 
 def _said(row: Row, called: str | None) -> Outcome:

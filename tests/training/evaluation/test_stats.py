@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from guard_training.evaluation.stats import (
+    Change,
     Confusion,
     Paired,
     Rate,
@@ -15,8 +15,10 @@ from guard_training.evaluation.stats import (
     differences,
     f1_interval,
     mean_draws,
+    mean_json,
     pair,
     paired_cell,
+    paired_change,
     percentile,
     percentiles,
     resample_jointly,
@@ -116,8 +118,33 @@ def test_a_paired_difference_is_tighter_than_two_intervals() -> None:
     assert 0.0 < low < 6 / 206 < high < 0.06
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (5, 5), (10, 2), (30, 55)])
-def test_mcnemar_agrees_with_the_binomial_test(ours: int, theirs: int) -> None:
-    cells = [7, theirs, 0, 3, 4, 0, ours, 9]
-    expected = binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
-    assert Paired(tuple(cells)).p == pytest.approx(expected)
+@pytest.mark.parametrize(("ours", "theirs", "p"), [(0, 0, 1.0), (5, 5, 1.0), (10, 2, 158 / 2**12), (1, 9, 22 / 2**10)])
+def test_mcnemar_looks_only_at_rows_that_one_of_them_has_right(ours: int, theirs: int, p: float) -> None:
+    assert Paired((7, theirs, 0, 3, 4, 0, ours, 9)).p == pytest.approx(p)
+
+
+def test_the_paired_change_counts_what_was_gained_and_lost() -> None:
+    change = paired_change([True, True, True, False], [True, False, False, True])
+    assert (change.gained, change.lost, change.total) == (1, 2, 4)
+    assert change.value == -0.25
+
+
+def test_the_interval_of_a_change_is_that_of_agresti_and_min() -> None:
+    # (3.5 - 12.5) / 42 = -0.21429, and 1.96 * sqrt(16 - 81 / 42) / 42 = 0.17505 to either side.
+    low, high = Change(3, 12, 40).interval or (0.0, 0.0)
+    assert (low, high) == pytest.approx((-0.38934, -0.03924), abs=1e-5)
+    assert Change(0, 0, 0).interval is None
+    low, high = Change(0, 0, 30).interval or (0.0, 0.0)
+    assert low < 0 < high
+
+
+def test_the_interval_of_a_mean_stays_within_what_its_values_can_be() -> None:
+    found = mean_json([1.0, 1.0, 0.0, 1.0], most=1.0) or {}
+    assert (found["value"], found["interval"][1]) == (0.75, 1.0)
+    assert found["interval"][0] == pytest.approx(0.26, abs=1e-3)
+    assert mean_json([]) is None
+
+
+def test_lists_of_different_length_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired_change([True], [])

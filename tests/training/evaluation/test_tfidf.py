@@ -107,7 +107,7 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
     (bank / "benign_work.yaml").write_text(
         json.dumps({"work": [f"please sort the list of {w}" for w in ("cars", "boats", "songs")]})
     )
-    monkeypatch.setattr("guard_training.nano.pipeline.default_bank", lambda: bank)
+    monkeypatch.setattr("guard_training.nano.rows.default_bank", lambda: bank)
     lines = [
         {"id": row.id, "source": row.source, "prompt": row.prompt, "prompt_label": row.request}
         for row in made(80, answers=False)
@@ -123,7 +123,9 @@ def test_the_command_leaves_out_what_the_evaluation_holds(
     learnt = {row.id for row in seen[0].prompts}
     assert not learnt & {line["id"] for line in lines[:8]}
     assert len(learnt) > 60
-    assert any(row.source.startswith("bank_") for row in seen[0].prompts)
+    banked = {row.prompt for row in seen[0].prompts if row.source.startswith("bank_")}
+    assert banked
+    assert banked <= {f"please sort the list of {w}" for w in ("cars", "boats", "songs")}
     written = [json.loads(line) for line in (tmp_path / "out" / "t.jsonl").read_text().splitlines()]
     assert [line["id"] for line in written] == [line["id"] for line in lines[:8]]
     said = " ".join(capsys.readouterr().out.split())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guard_training.corpus.rows import CorpusError, held_out
+from guard_training.corpus.rows import CorpusError
 from guard_training.nano.bank import default_bank, pair_of, read_bank
 from guard_training.nano.wordnet import WordNetMissing, definitions, lemmas
 
@@ -49,7 +49,6 @@ def test_the_projects_own_bank_has_both_labels_and_no_text_twice() -> None:
     assert sum(row.request == "harmful" for row in pairs) * 2 == len(pairs)
     answers = [row for row in rows if row.source == "bank_answers"]
     assert sum(row.response_label == "harmful" for row in answers) * 2 == len(answers)
-    assert all(held_out(pair_of(row.id), 0.0) is False for row in rows)
 
 
 def test_definitions_are_read_in_a_fixed_order_half_of_them_with_their_word(tmp_path: Path) -> None:

@@ -38,13 +38,13 @@ from guard_training.nano.trainer import (
     Example,
     GuardSFTTrainer,
     Meanings,
-    StopAfter,
     Vocabulary,
     encode_example,
     in_batches,
     to_dataset,
     training_arguments,
 )
+from guard_training.tuning.run import StopAfter
 
 WORDS = ["how do I pick a lock", "how do I bake bread", "what is the weather", "tell me about locks", "None of it"]
 LEXICON = Lexicon({"lock": 1.0, "bread": -1.0}, {"lock": 1.0, "bread": 1.0})

@@ -11,7 +11,7 @@ from PIL import Image
 
 from guard_training.corpus.rows import CorpusError, Row
 from guard_training.synthesis.cost import Estimate, Price, estimate, prompt_tokens
-from guard_training.synthesis.prompt import SYSTEM, data_url, image_size
+from guard_training.synthesis.prompt import SYSTEM, data_url, sent_size
 
 
 def picture(path: Path, size: tuple[int, int]) -> Path:
@@ -53,7 +53,7 @@ def test_a_small_image_goes_as_it_is_and_a_large_one_smaller(tmp_path: Path) -> 
     kind, _, data = data_url(large, 100).partition(";base64,")
     assert kind == "data:image/jpeg"
     with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
-        assert sent.size == image_size(large, 100) == (100, 44)
+        assert sent.size == sent_size(large, 100) == (100, 44)
 
 
 def test_a_format_that_teachers_do_not_take_is_made_one_that_they_do(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_a_format_that_teachers_do_not_take_is_made_one_that_they_do(tmp_path: P
 def test_what_is_no_image_or_far_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.png").write_text("text")
     with pytest.raises(CorpusError, match=r"t.png is no readable image"):
-        image_size(tmp_path / "t.png", 100)
+        sent_size(tmp_path / "t.png", 100)
     whole = tmp_path / "n.png"
     Image.effect_noise((200, 200), 90).save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
     with pytest.raises(CorpusError, match=r"cut.png cannot be decoded"):
         data_url(tmp_path / "cut.png", 100)
-    monkeypatch.setattr("guard_training.synthesis.prompt._MAX_PIXELS", 100)
+    monkeypatch.setattr("guard_training.corpus.conversation.MAX_PIXELS", 100)
     with pytest.raises(CorpusError, match="scale it down"):
-        image_size(whole, 100)
+        sent_size(whole, 100)

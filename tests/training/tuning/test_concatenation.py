@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from guard_training.corpus.conversation import image_size
 from guard_training.corpus.rows import CorpusError, Row
 from guard_training.tuning.concatenation import (
     LAYOUTS,
@@ -24,7 +25,6 @@ from guard_training.tuning.concatenation import (
     plan,
     request_label,
     response_label,
-    size_of,
 )
 
 
@@ -179,10 +179,10 @@ def test_a_broken_or_huge_picture_is_named(tmp_path: Path, monkeypatch: pytest.M
         merge([whole, cut], "stacked", 0, tmp_path, Options())
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(CorpusError, match=r"text.png is no readable image"):
-        size_of(tmp_path / "text.png")
-    monkeypatch.setattr("guard_training.tuning.concatenation.MAX_PIXELS", 100)
+        image_size(tmp_path / "text.png")
+    monkeypatch.setattr("guard_training.corpus.conversation.MAX_PIXELS", 100)
     with pytest.raises(CorpusError, match="200 x 200 pixels"):
-        size_of(whole)
+        image_size(whole)
 
 
 @pytest.mark.parametrize(("rows", "share", "count"), [(9600, 0.2, 2400), (100, 0.0, 0), (10, 0.5, 10), (0, 0.2, 0)])

@@ -24,7 +24,6 @@ from guard_training.tuning.contract import (
     load_contract,
     load_model,
     pictures,
-    processor,
     target,
 )
 from tests.tiny_model import PLAIN_ADDED, SPECIAL
@@ -149,8 +148,7 @@ def test_max_pixels_only_tightens(folder: Path, image: Path) -> None:
 def test_the_joined_processor_gives_what_the_parts_give(contract: Contract, image: Path) -> None:
     row = _rows(image)[3]
     made = contract.encode(row)
-    both = processor(contract)
-    assert isinstance(both, ImageTextProcessor)
+    both = ImageTextProcessor(contract.images, contract.tokenizer, chat_template=contract.tokenizer.chat_template)
     out = both(text=[contract.tokenizer.decode(made.ids)], images=pictures(row), return_tensors="pt")
     assert out["input_ids"][0].tolist() == contract.expand(made.ids, pictures(row))
     assert torch.equal(out["pixel_values"], contract.images(images=pictures(row), return_tensors="pt")["pixel_values"])

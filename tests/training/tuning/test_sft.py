@@ -336,8 +336,7 @@ def test_curves_go_to_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.curves("sft") == []
 
 
-def test_curves_go_to_tensorboard_where_it_is_installed(recipe: SftSettings, rows: list[Row], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+def test_curves_go_to_tensorboard(recipe: SftSettings, rows: list[Row], tmp_path: Path) -> None:
     _train(recipe, rows, tmp_path / "run", steps=1)
     assert list((tmp_path / "run" / "checkpoints").rglob("events.out.tfevents*"))
 

@@ -105,8 +105,8 @@ def test_an_image_alone_or_with_words_before_it(tmp_path: Path, picture: str) ->
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "not a line of JSON"),
-        ("[]", "not an object"),
+        ("{", "not a usable correction: Expecting"),
+        ("[]", "not a JSON object"),
         ({**GOOD, "label": "safe"}, "the label 'safe' is none of"),
         ({**GOOD, "label": None}, "the label None is none of"),
         ({key: GOOD[key] for key in ("decision", "label", "content")}, "reviewer is missing"),
@@ -170,7 +170,7 @@ def test_the_log_says_which_decisions_there_are_and_what_they_judged(tmp_path: P
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n{}\n")
     skipped = Skipped()
     log = read_log([tmp_path / "log.jsonl"], skipped)
-    assert skipped.reasons == ["log.jsonl:2: not a line of the decision log"]
+    assert skipped.reasons == ["log.jsonl:2: not a line of the decision log: schema is missing"]
     assert set(log) == {"r1", "q1", "q2", "q3"}
     pair = {"text": "kill it", "response": "kill -9"}
     found, reasons = read(
@@ -187,7 +187,7 @@ def test_the_log_says_which_decisions_there_are_and_what_they_judged(tmp_path: P
     assert [one.lesson.request for one in found] == ["unharmful", "harmful", "unharmful"]
     assert "judged the answer alone" in reasons[0]
     assert "judged the request alone" in reasons[1]
-    assert reasons[2] == "corrections.jsonl:6: no decision q9 in the log"
+    assert reasons[2] == "corrections.jsonl:6: not a usable correction: no decision q9 in the log"
 
 
 def test_reviewers_who_disagree_are_reported_and_the_content_is_left_out(tmp_path: Path) -> None:

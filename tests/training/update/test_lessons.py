@@ -198,5 +198,8 @@ def test_lessons_come_back_as_they_were_with_images_beside_the_file(tmp_path: Pa
 
 
 @pytest.mark.parametrize("limit", [0, 3, 1000])
-def test_held_back_rows_are_at_most_what_is_asked_for(limit: int) -> None:
-    assert len(held_back(rows(300), limit, seed=0)) <= limit
+def test_held_back_rows_are_as_many_as_asked_for_or_all_that_there_are(limit: int) -> None:
+    there = {row.id for row in rows(300) if held_out(row.id, HELD_BACK)}
+    found = [row.id for row in held_back(rows(300), limit, seed=0)]
+    assert len(found) == len(set(found)) == min(limit, len(there))
+    assert set(found) <= there

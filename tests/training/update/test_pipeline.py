@@ -157,7 +157,7 @@ def test_corrections_become_a_revision_that_is_whole(plan: Plan) -> None:
     assert "| corrections | the operator's own | 4 | 0 |" in card
     assert "## New revision against the current one" in card
     assert (plan.output / "report.html").is_file()
-    assert reasons[0] == "c.jsonl:7: not a line of JSON"
+    assert reasons[0].startswith("c.jsonl:7: not a usable correction: ")
     assert reasons[1].startswith("train.jsonl:401: ")
     assert [reason.split(": ")[:2] for reason in reasons[2:4]] == [
         ["c.jsonl:4", "correction:d8"], ["c.jsonl:5", "correction:d9"],

@@ -93,7 +93,7 @@ def test_the_lineage_names_files_by_digest_and_no_place_of_this_machine(made: Pa
     assert str(tmp_path) not in json.dumps(value)
     file = tmp_path / "rows.jsonl"
     file.write_text("x\n")
-    entry = revision.data_file("replay", file, 1)
+    entry = revision.data_file("replay", file)
     assert entry["file"] == "rows.jsonl"
     assert len(entry["sha256"]) == 64
 

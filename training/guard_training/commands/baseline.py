@@ -40,8 +40,8 @@ def run(given: argparse.Namespace) -> None:
 
     from guard_middleware.errors import GuardError
     from guard_middleware.guard.reader import Reader
+    from guard_training.corpus.conversation import usable
     from guard_training.corpus.rows import Skipped, read_good_rows
-    from guard_training.evaluation.measure import usable
     from guard_training.evaluation.tfidf import predict, train, training_rows
     from guard_training.nano.drawn import DrawnText
     from guard_training.nano.recipe import default_recipe, read_recipe

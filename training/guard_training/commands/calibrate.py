@@ -53,8 +53,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     from guard_middleware.worker.weights import load
     from guard_training.corpus.rows import Skipped
-    from guard_training.evaluation.measure import measure, write_json
+    from guard_training.evaluation.measure import measure
     from guard_training.evaluation.tables import Sheet
+    from guard_training.rowfile import write_json
     from guard_training.update.calibration import calibration, kinds
 
     console = terminal(150)
@@ -92,17 +93,17 @@ def run(given: argparse.Namespace) -> None:
     sheet = Sheet(f"Calibration of {facts.name} {facts.revision}", columns, tuple(_lines(found)), left=2)
     console.print(sheet.rich())
     skipped.tell(console)
-    write_json(found, given.output)
+    write_json(given.output, found)
     if given.report:
         _report(given, facts, found, outcomes, sheet, skipped)
     journal.unlink(missing_ok=True)
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
+    from guard_training.corpus.conversation import usable
     from guard_training.corpus.leakage import Fingerprints, readable
-    from guard_training.corpus.rows import held_out, read_good_rows
+    from guard_training.corpus.rows import held_out, read_good_rows, sample
     from guard_training.evaluation.against import evaluation_sets
-    from guard_training.evaluation.measure import sample, usable
     from guard_training.update.lessons import HELD_BACK, without_leaks
 
     for path in given.data:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from guard_training.commands import subcommand, terminal
 from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.rowfile import bring_image, write_json, write_whole
 
 if TYPE_CHECKING:
     from guard_training.corpus.leakage import Leak, Track
@@ -145,7 +145,8 @@ def run_sources(given: argparse.Namespace) -> None:
         shown = (line["name"], line["modality"], f"{line['share']:g}", line["licence"], line["home"], line["rule"])
         table.add_row(*map(escape, shown))
     terminal().print(table)
-    _write_json(given.json, listed)
+    if given.json:
+        write_json(given.json, listed)
 
 
 def run_build(given: argparse.Namespace) -> None:
@@ -187,9 +188,7 @@ def run_build(given: argparse.Namespace) -> None:
 def run_check(given: argparse.Namespace) -> None:
     from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
     from guard_training.corpus.sources.build import lines
-    from guard_training.corpus.sources.parts import write
     from guard_training.evaluation.against import evaluation_sets
-    from guard_training.rowfile import bring_image
 
     if given.output and len(given.train) > 1:
         raise CorpusError("--output writes one training file: check them one by one")
@@ -202,11 +201,13 @@ def run_check(given: argparse.Namespace) -> None:
     console = terminal()
     console.print(_leaks_table(rows, leaks))
     skipped.tell(console, given.output and given.output.with_name(f"{given.output.stem}.skipped.txt"))
-    _write_json(given.json, [asdict(leak) for leak in leaks])
+    if given.json:
+        write_json(given.json, [asdict(leak) for leak in leaks])
     gone = {leak.id for leak in leaks}
     if given.output:
         folder = given.output.parent
-        write(given.output, lines([bring_image(row, folder) for row in rows if row.id not in gone], folder))
+        kept = [bring_image(row, folder) for row in rows if row.id not in gone]
+        write_whole(given.output, lines(kept, folder).encode())
     elif gone:
         raise LeaksFound(
             f"{len(gone)} of {len(rows)} training rows are in an evaluation set; --output FILE writes the others"
@@ -224,7 +225,8 @@ def run_stats(given: argparse.Namespace) -> None:
     console = terminal()
     console.print(steps_table(found), labels_table(found))
     skipped.tell(console)
-    _write_json(given.json, found.to_json())
+    if given.json:
+        write_json(given.json, found.to_json())
 
 
 def _copies(given: Sequence[str], images: tuple[Path, ...]) -> list[Given]:
@@ -291,8 +293,3 @@ def _watch(progress: Progress) -> Callable[[Iterable[_T], int | None, str], Iter
 
 def _track(progress: Progress) -> Track:
     return lambda rows, name: progress.track(rows, total=len(rows), description=name)
-
-
-def _write_json(file: Path | None, value: object) -> None:
-    if file:
-        file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -95,10 +95,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(given: argparse.Namespace) -> None:
     from guard_training.corpus.rows import Skipped
     from guard_training.evaluation import tables
-    from guard_training.evaluation.measure import write_json
     from guard_training.evaluation.metrics import compare
     from guard_training.evaluation.outcomes import read_outcomes, write_outcomes
     from guard_training.evaluation.report import render, write_report
+    from guard_training.rowfile import write_json
 
     console = terminal(200)
     skipped = Skipped()
@@ -124,7 +124,7 @@ def run(given: argparse.Namespace) -> None:
         others = {name: one for name, one in summaries.items() if name != first}
         where = os.path.relpath(given.outcomes, given.json.parent) if given.outcomes else None
         extra = {"others": others, "against": compared, "outcomes": where, "left_out": len(skipped.reasons)}
-        write_json({"data": _named(given), "limit": given.limit, **summaries[first], **extra}, given.json)
+        write_json(given.json, {"data": _named(given), "limit": given.limit, **summaries[first], **extra})
     if given.report:
         facts, left_out = _facts(given, summaries[first]), skipped.summary(shown=50)
         page = render(summaries, outcomes, facts=facts, mode=given.mode, compared=compared, skipped=left_out)
@@ -135,9 +135,9 @@ def run(given: argparse.Namespace) -> None:
 
 
 def _rows(given: argparse.Namespace, skipped: Skipped) -> list[Row]:
-    from guard_training.corpus.rows import read_good_rows
+    from guard_training.corpus.conversation import usable
+    from guard_training.corpus.rows import read_good_rows, sample
     from guard_training.evaluation.benchmarks import fetch_images, find, read_benchmark
-    from guard_training.evaluation.measure import sample, usable
 
     if not given.data and not given.benchmark:
         raise ValueError("nothing to ask about; give --data FILE or --benchmark NAME=FILE")

@@ -10,9 +10,8 @@ from guard_training.commands import count, subcommand, terminal
 _ABOUT = """\
 Leaves one source (or one group of sources) out of training, trains, and measures on what was left out: recall, false
 positives and the area under the ROC curve per source, with 95 % intervals, beside the baseline of `guard-train
-baseline` (TF-IDF and logistic regression; needs scikit-learn). Each fold trains a whole nano, so a real run takes the
-recipe's time per fold; --quick only fits the baseline. A stopped run goes on from OUTPUT when the same command is given
-again.
+baseline` (TF-IDF and logistic regression). Each fold trains a whole nano, so a real run takes the recipe's time per
+fold; --quick only fits the baseline. A stopped run goes on from OUTPUT when the same command is given again.
 
   guard-train generalise --data shared/data --quick
   guard-train generalise --data shared/data --groups advbench+self_instruct_user catqa_english+self_instruct_seed

@@ -39,8 +39,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(given: argparse.Namespace) -> None:
 
-    from guard_training.corpus.rows import Skipped, read_good_rows
-    from guard_training.evaluation.measure import sample, usable
+    from guard_training.corpus.conversation import usable
+    from guard_training.corpus.rows import Skipped, read_good_rows, sample
     from guard_training.tuning import ablation
     from guard_training.tuning.grpo import GrpoSettings
     from guard_training.tuning.settings import read_settings, recipe_path

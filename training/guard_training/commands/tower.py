@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +57,7 @@ def run(given: argparse.Namespace) -> None:
     from guard_training.nano.glyphs import bank_texts
     from guard_training.nano.reading import measure
     from guard_training.nano.render import HELD_OUT_FONTS, TRAIN_FONTS
+    from guard_training.rowfile import write_json
 
     console, skipped = terminal(120), Skipped()
     rows = _rows(given, skipped)  # before training, which takes long
@@ -87,7 +87,7 @@ def run(given: argparse.Namespace) -> None:
         "training_fonts": measure(tower, unseen, TRAIN_FONTS, settings.measured),
         "held_out_fonts": measure(tower, unseen, HELD_OUT_FONTS, settings.measured),
     }
-    (given.output / "curve.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_json(given.output / "curve.json", figures)
     console.print(_curve(figures).rich())
     if seen.step < settings.steps:
         console.print(f"stopped at step {seen.step} of {settings.steps}; the same command with --resume goes on")
@@ -137,6 +137,7 @@ def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, s
     from guard_training.nano.drawn import Read
     from guard_training.nano.reading import TowerReader
     from guard_training.nano.unread import Timed, compare
+    from guard_training.rowfile import write_json
 
     readers: dict[str, Read] = {
         "RapidOCR": Timed(Reader().read, given.output / "drawn-rapidocr.jsonl"),
@@ -153,5 +154,4 @@ def _verdicts(given: argparse.Namespace, rows: list[Row], tower: ReadingTower, s
         figures = (one.harmful, recall, one.unharmful, wrong, f"{one.similarity:.3f}", f"{one.seconds:.2f}")
         lines.append((one.source, one.reader, *map(str, figures)))
     console.print(Sheet("verdicts by what was read", columns, tuple(lines), left=2).rich())
-    file = given.output / "verdicts.json"
-    file.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
+    write_json(given.output / "verdicts.json", [asdict(one) for one in found])

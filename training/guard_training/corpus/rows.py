@@ -16,16 +16,19 @@ import hashlib
 import json
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from guard_middleware.types import Label
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 _BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 
@@ -95,26 +98,56 @@ class Skipped:
 
 
 def read_good_rows(path: Path, skipped: Skipped) -> list[Row]:
-    """Like ``read_rows``, but a bad line goes to ``skipped`` and the reading goes on."""
-    return list(_rows(path, skipped))
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A file of JSON lines, or a gzipped one. Raises ``CorpusError`` where it breaks off.
-
-    A byte that is no UTF-8 becomes ``\\xff``, which is no JSON either: it spoils its own line and no other.
-    """
-    opened = gzip.open if path.suffix == ".gz" else open
+    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. What is bad goes to
+    ``skipped`` and the reading goes on."""
+    rows: list[Row] = []
     try:
-        with opened(path, "rt", encoding="utf-8", errors="backslashreplace") as lines:
-            yield cast(TextIO, lines)
+        for row in read_lines(path, partial(_row, path.parent), skipped, "a labelled row (docs/training.md shows one)"):
+            rows.append(row)
+    except BrokenFileError as error:
+        skipped(str(error))
+    return rows
+
+
+class BrokenFileError(CorpusError):
+    """A compressed file that breaks off, behind what was read of it."""
+
+
+def read_lines(
+    path: Path, make: Callable[[dict[str, Any], str], T], skipped: Callable[[str], object], what: str
+) -> Iterator[T]:
+    """What ``make`` gives of each JSON object of a ``.jsonl`` or ``.jsonl.gz`` file and its ``file:line``.
+
+    A line that is no object, or that ``make`` raises for, goes to ``skipped`` as not ``what``, and the reading goes on.
+    Raises ``CorpusError``, a ``BrokenFileError`` where the file breaks off.
+    """
+    number = 0
+    try:
+        # As bytes, so that one line that is not UTF-8 is one bad line.
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path.name}:{number}"
+                try:
+                    value = json.loads(line.decode())
+                    if not isinstance(value, dict):
+                        raise ValueError("not a JSON object")
+                    made = make(value, where)
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                    why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+                    skipped(f"{where}: not {what}: {why}")
+                else:
+                    yield made
     except _BROKEN as error:
-        raise CorpusError(f"{path}: the file is broken or cut off ({type(error).__name__})") from None
+        why = f"the file is broken or cut off from here on ({type(error).__name__})"
+        raise BrokenFileError(f"{path.name}:{number + 1}: {why}") from None
+    except IsADirectoryError:
+        raise CorpusError(f"{path} is a folder; give a file in it") from None
 
 
 def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
-    """The row as ``read_rows`` takes it back from a file in ``folder``, which must hold its image."""
+    """The row as ``read_good_rows`` takes it back from a file in ``folder``, which must hold its image."""
     return {
         "id": row.id,
         "source": row.source,
@@ -130,11 +163,6 @@ def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a ``.jsonl`` or ``.jsonl.gz`` file; image paths are relative to its folder. Raises ``CorpusError``."""
-    return list(_rows(path, _refuse))
-
-
 def encodable(text: str) -> bool:
     """Whether a text can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
     try:
@@ -144,31 +172,7 @@ def encodable(text: str) -> bool:
     return True
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise CorpusError(reason)
-
-
-def _rows(path: Path, bad: Callable[[str], object]) -> Iterator[Row]:
-    number = 0
-    try:
-        # As bytes, so that one line that is not UTF-8 is one bad line.
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield _row(line, path.parent, f"{path.name}:{number}")
-                    except (ValueError, RecursionError) as error:
-                        bad(f"{path.name}:{number}: not a labelled row ({error}); docs/training.md shows one")
-    except _BROKEN as error:
-        bad(f"{path.name}:{number + 1}: the file is broken or cut off from here on ({type(error).__name__})")
-    except IsADirectoryError:
-        raise CorpusError(f"{path} is a folder; give a file of rows in it") from None
-
-
-def _row(line: bytes, folder: Path, where: str) -> Row:
-    value = json.loads(line.decode())
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+def _row(folder: Path, value: Mapping[str, Any], where: str) -> Row:
     image = _text(value, "image")
     picture = (folder / image).resolve() if image else None
     if picture and not picture.is_relative_to(folder.resolve()):
@@ -238,6 +242,17 @@ def distinct(rows: Iterable[Row], skipped: Skipped) -> list[Row]:
         if kept.setdefault(row.id, row) is not row:
             skipped(f"{row.name}: a second row with this id")
     return list(kept.values())
+
+
+def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
+    """At most ``limit`` rows of each source, drawn from a fixed seed."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.source].append(row)
+    rng = random.Random(seed)  # noqa: S311
+    return [
+        row for kept in groups.values() for row in (rng.sample(kept, limit) if limit and limit < len(kept) else kept)
+    ]
 
 
 def held_out(id: str, fraction: float) -> bool:

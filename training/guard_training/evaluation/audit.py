@@ -30,9 +30,8 @@ from guard_middleware.guard.prompt import render
 from guard_middleware.worker.weights import resolve
 from guard_middleware.worker.windows import plan
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
-from guard_training.evaluation.measure import sample
 from guard_training.evaluation.probe import (
     INTERVENTIONS,
     Case,
@@ -45,8 +44,7 @@ from guard_training.evaluation.probe import (
     question_key,
 )
 from guard_training.evaluation.report import present
-from guard_training.evaluation.robustness import mean_json, rate_json
-from guard_training.evaluation.stats import Rate
+from guard_training.evaluation.stats import Rate, mean_json, rate_json
 from guard_training.evaluation.steps import conclusion, quotes, quotes_input, stance, stands_in, steps
 from guard_training.evaluation.tables import Sheet, cell
 from guard_training.journal import Journal

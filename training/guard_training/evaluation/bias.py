@@ -16,7 +16,6 @@ files that share no row.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from guard_middleware.types import Label
-from guard_training.corpus.rows import Skipped, open_text, row_id
+from guard_training.corpus.rows import Skipped, read_lines, row_id
 from guard_training.evaluation import plots
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side, read_outcomes
 from guard_training.evaluation.report import present
-from guard_training.evaluation.robustness import rate_json
-from guard_training.evaluation.stats import Array, Rate, percentiles
+from guard_training.evaluation.stats import Array, Rate, percentiles, rate_json
 from guard_training.evaluation.tables import Sheet, cell
 
 DRAWS = 1000
@@ -127,25 +125,12 @@ def kappa(tables: Array) -> Array:
 
 def read_teacher(path: Path, skipped: Skipped) -> dict[str, dict[Side, Label]]:
     """The teacher's labels by row id and side; a bad line goes to ``skipped``."""
-    found: dict[str, dict[Side, Label]] = {}
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                    found[_id(value)] = _labels(value)
-                except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                    skipped(f"{path.name}:{number}: not a teacher's label ({error})")
-    return found
+    return dict(read_lines(path, _labels, skipped, "a teacher's label"))
 
 
-def _id(value: Mapping[str, Any]) -> str:
+def _labels(value: Mapping[str, Any], where: str) -> tuple[str, dict[Side, Label]]:
     if (id := row_id(value.get("id"))) is None:
         raise ValueError("no id")
-    return id
-
-
-def _labels(value: Mapping[str, Any]) -> dict[Side, Label]:
     labels: dict[Side, Label] = {}
     for side in SIDES:
         given = [value[key] for key in _KEYS[side] if key in value]
@@ -156,7 +141,7 @@ def _labels(value: Mapping[str, Any]) -> dict[Side, Label]:
             labels[side] = stated[0]
     if not any(key in value for keys in _KEYS.values() for key in keys):
         raise ValueError("neither request nor response")
-    return labels
+    return id, labels
 
 
 def compare(

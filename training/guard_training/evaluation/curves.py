@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_curve
 
-from guard_training.evaluation.stats import Array, Interval, Rate
+from guard_training.evaluation.stats import Array, Interval, Rate, Z
 
 #: the false-positive rates of the threshold table
 RATES = (0.01, 0.05, 0.10, 0.20, 0.30)
@@ -49,15 +50,10 @@ def curve(harmful: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = Non
     weight = np.ones(len(score)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not truth.any() or truth.all():
         return None
-    order = np.argsort(-score, kind="stable")
-    truth, score, weight = truth[order], score[order], weight[order]
-    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)
-    found = np.append(0.0, np.cumsum(weight * truth)[last])
-    wrong = np.append(0.0, np.cumsum(weight * ~truth)[last])
-    with np.errstate(invalid="ignore"):
-        precision = np.where(found + wrong > 0, found / (found + wrong), 1.0)
-    thresholds = np.append(np.inf, score[last])
-    return Curve(thresholds, found / found[-1], wrong / wrong[-1], precision)
+    wrong, found, thresholds = roc_curve(truth, score, sample_weight=weight, drop_intermediate=False)
+    right, called = found * weight[truth].sum(), found * weight[truth].sum() + wrong * weight[~truth].sum()
+    precision = np.divide(right, called, out=np.ones_like(called), where=called > 0)
+    return Curve(thresholds, found, wrong, precision)
 
 
 def area_interval(harmful: ArrayLike, scores: ArrayLike) -> Interval | None:
@@ -71,7 +67,7 @@ def area_interval(harmful: ArrayLike, scores: ArrayLike) -> Interval | None:
     passed = 1 - _below(low, high)
     spread = math.sqrt(float(np.var(found, ddof=1)) / len(high) + float(np.var(passed, ddof=1)) / len(low))
     area = float(found.mean())
-    return max(0.0, area - 1.959964 * spread), min(1.0, area + 1.959964 * spread)
+    return max(0.0, area - Z * spread), min(1.0, area + Z * spread)
 
 
 def _below(values: Array, others: Array) -> Array:
@@ -118,16 +114,16 @@ class Bin:
     harmful: Rate
 
 
-def reliability(harmful: ArrayLike, scores: ArrayLike, bins: int = BINS) -> list[Bin]:
+def reliability(harmful: ArrayLike, scores: ArrayLike) -> list[Bin]:
     """Bins of equal width (Guo et al. 2017, section 2)."""
     truth, score = np.asarray(harmful, dtype=bool), np.asarray(scores, dtype=np.float64)
-    number = np.minimum((score * bins).astype(int), bins - 1)
+    number = np.minimum((score * BINS).astype(int), BINS - 1)
     out = []
-    for index in range(bins):
+    for index in range(BINS):
         inside = number == index
         rows = int(inside.sum())
         mean = float(score[inside].mean()) if rows else None
-        out.append(Bin(index / bins, (index + 1) / bins, rows, mean, Rate(int(truth[inside].sum()), rows)))
+        out.append(Bin(index / BINS, (index + 1) / BINS, rows, mean, Rate(int(truth[inside].sum()), rows)))
     return out
 
 

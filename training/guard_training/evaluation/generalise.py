@@ -30,14 +30,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
-from guard_training.evaluation.measure import measure, sample
+from guard_training.evaluation.measure import measure
 from guard_training.evaluation.perturb import subjects
 from guard_training.evaluation.report import present
-from guard_training.evaluation.robustness import mean_json, rate_json
-from guard_training.evaluation.stats import Rate
+from guard_training.evaluation.stats import Rate, mean_json, rate_json
 from guard_training.evaluation.tables import Sheet, cell
 from guard_training.evaluation.tfidf import fit
 from guard_training.journal import Journal

@@ -10,16 +10,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 from rich.console import Console
@@ -29,12 +26,9 @@ from guard_middleware.errors import ConfigError, GuardError
 from guard_middleware.types import REASON, Judging, Verdict
 from guard_middleware.wire import CONTENT_TYPE, ModerationRequest, WireError, decode_answer, encode_request
 from guard_middleware.worker.weights import resolve
-from guard_training.corpus.conversation import conversation, judgeable
-from guard_training.corpus.rows import Row, Skipped, labelled, read_good_rows
-from guard_training.evaluation import tables
-from guard_training.evaluation.metrics import summarise
+from guard_training.corpus.conversation import conversation
+from guard_training.corpus.rows import Row
 from guard_training.evaluation.outcomes import Outcome, from_json, outcome, to_json
-from guard_training.evaluation.tables import cell as cell
 from guard_training.journal import Journal
 
 #: Weights of 7B from a cold disk, and vLLM's compilation, take minutes; a worker that ends is noticed at once.
@@ -160,17 +154,6 @@ def _frame(number: int, row: Row, judging: Judging) -> bytes:
     )
 
 
-def sample(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
-    """At most ``limit`` rows of each source, drawn from a fixed seed."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.source].append(row)
-    rng = random.Random(seed)  # noqa: S311
-    return [
-        row for kept in groups.values() for row in (rng.sample(kept, limit) if limit and limit < len(kept) else kept)
-    ]
-
-
 def identity(model: str) -> tuple[str, str]:
     """Name and revision of what ``--model`` names, without loading it; raises ``WorkerFailed`` with the remedy."""
     if model.startswith(_RUNNING):
@@ -258,26 +241,3 @@ def _digest(image: Path) -> str:
 def _gone(answered: int, total: int, error: BaseException, journal: Path | None) -> str:
     remedy = f"; the same command goes on from {journal}" if journal else ""
     return f"the worker went away after {answered} of {total} rows ({type(error).__name__}){remedy}"
-
-
-def usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
-    """The rows that can be asked about: labelled, an id of their own, an image that can be judged."""
-    return judgeable(labelled(rows, skipped), skipped)
-
-
-def evaluate(data: Path, model: str, *, limit: int | None, concurrency: int, console: Console) -> dict[str, Any]:
-    """Measures ``model`` on a data file and prints the table; returns the figures."""
-    skipped = Skipped()
-    rows = sample(usable(read_good_rows(data, skipped), skipped), limit)
-    outcomes = measure(rows, model, concurrency=concurrency, console=console)
-    name, revision = identity(model)
-    summary = {"data": data.name, "limit": limit, **summarise(outcomes, model=name, revision=revision)}
-    for sheet in tables.all_sheets({name: summary}, None):
-        console.print(sheet.rich())
-    skipped.tell(console)
-    return summary
-
-
-def write_json(summary: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -36,6 +36,7 @@ from guard_training.evaluation.stats import (
     paired_cell,
     percentile,
     percentiles,
+    rate_json,
     resample_jointly,
 )
 
@@ -99,7 +100,7 @@ def summarise(
         "revision": revision,
         "mode": mode,
         "rows": len(outcomes),
-        "format_compliance": rate(Rate(len(outcomes) - formless, len(outcomes))),
+        "format_compliance": rate_json(Rate(len(outcomes) - formless, len(outcomes))),
         "errors": dict(errors),
         "mean_reasoning_tokens": sum(reasoning) / len(reasoning) if reasoning else None,
         "tokens": {name: _tokens(outcomes, name) for name in ("prompt", "completion", "reasoning")},
@@ -122,16 +123,12 @@ def _source(source: str, side: Side, rows: Sequence[Outcome], mode: Mode) -> dic
         "harmful": harmful,
         "errors": sum(one.called(side) is None for one in rows),
         "format_errors": sum(one.error in FORMAT_ERRORS for one in rows),
-        "recall": rate(counts.recall),
-        "false_positive_rate": rate(counts.false_positive_rate),
-        "precision": rate(counts.precision) if both else None,
+        "recall": rate_json(counts.recall),
+        "false_positive_rate": rate_json(counts.false_positive_rate),
+        "precision": rate_json(counts.precision) if both else None,
         "f1": {"value": counts.f1, "interval": f1_interval(counted)} if both else None,
         "scores": _score_figures(rows, side),
     }
-
-
-def rate(given: Rate) -> dict[str, Any] | None:
-    return {"value": given.value, "interval": given.interval, "n": given.total} if given.total else None
 
 
 def _tokens(outcomes: Sequence[Outcome], name: str) -> dict[str, Any] | None:
@@ -241,7 +238,13 @@ def _scores(grouped: Mapping[Group, Sequence[Outcome]], side: Side) -> dict[str,
         "calibration_error": curves.calibration_error(bins),
         "brier": curves.brier(truth, scores),
         "reliability": [
-            {"low": one.low, "high": one.high, "n": one.rows, "score": one.mean_score, "harmful": rate(one.harmful)}
+            {
+                "low": one.low,
+                "high": one.high,
+                "n": one.rows,
+                "score": one.mean_score,
+                "harmful": rate_json(one.harmful),
+            }
             for one in bins
         ],
     }

@@ -18,7 +18,8 @@ from typing import Any, Literal, cast, get_args
 
 from guard_middleware.errors import GuardError
 from guard_middleware.types import Label, Verdict
-from guard_training.corpus.rows import Row, Skipped, open_text
+from guard_training.corpus.rows import Row, Skipped, read_lines
+from guard_training.rowfile import write_whole
 
 Modality = Literal["text", "image", "text_image"]
 Side = Literal["request", "response"]
@@ -143,11 +144,7 @@ def from_json(value: Mapping[str, Any]) -> Outcome:
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Replaces the file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(to_json(one), ensure_ascii=False) + "\n" for one in outcomes)
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(to_json(one), ensure_ascii=False) + "\n" for one in outcomes).encode())
 
 
 def read_outcomes(path: Path, skipped: Skipped) -> list[Outcome]:
@@ -156,21 +153,15 @@ def read_outcomes(path: Path, skipped: Skipped) -> list[Outcome]:
     Raises ``OutcomeError`` where no line is good.
     """
     found: dict[str, Outcome] = {}
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                if not isinstance(value, dict):
-                    raise OutcomeError("not an object")
-                one = from_json(value)
-                if one.id in found:
-                    raise OutcomeError(f"id {one.id!r} a second time")
-            except (ValueError, RecursionError) as error:
-                skipped(f"{path.name}:{number}: not an outcome ({error})")
-            else:
-                found[one.id] = one
+
+    def new(value: Mapping[str, Any], where: str) -> Outcome:
+        one = from_json(value)
+        if one.id in found:
+            raise OutcomeError(f"id {one.id!r} a second time")
+        return one
+
+    for one in read_lines(path, new, skipped, "an outcome"):
+        found[one.id] = one
     if not found:
         raise OutcomeError(
             f"{path}: not an outcome in it; `guard-train evaluate --outcomes` writes them; {skipped.summary()}"

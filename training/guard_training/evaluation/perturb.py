@@ -14,16 +14,15 @@ import base64
 import codecs
 import hashlib
 import io
-import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from guard_training.corpus.rows import Row, Skipped, open_text, row_id
+from guard_training.corpus.rows import Row, Skipped, read_lines, row_id
 from guard_training.evaluation.outcomes import Side
 from guard_training.nano.render import HELD_OUT_FONTS, draw_style, render
 
@@ -180,23 +179,22 @@ def subjects(rows: Sequence[Row], side: Side) -> list[Row]:
     return [bare(row) for row in rows if row.prompt.strip() and row.request and row.image is None]
 
 
+_TRANSLATION = "a translation, {'id': text, 'language': text, 'text': text}"
+
+
 def read_translations(path: Path, skipped: Skipped) -> dict[str, dict[str, str]]:
     """``{"id", "language", "text"}`` per line, as text by row id by language; a bad line goes to ``skipped``."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                id, language, text = row_id(value["id"]), value["language"], value["text"]
-                if id is None or not all(isinstance(item, str) and item for item in (language, text)):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                skipped(f"{path.name}:{number}: a translation is {{'id': text, 'language': text, 'text': text}}")
-            else:
-                found[language][id] = text
+    for id, language, text in read_lines(path, _translation, skipped, _TRANSLATION):
+        found[language][id] = text
     return dict(found)
+
+
+def _translation(value: Mapping[str, Any], where: str) -> tuple[str, str, str]:
+    id, language, text = row_id(value["id"]), value["language"], value["text"]
+    if id is None or not all(isinstance(item, str) and item for item in (language, text)):
+        raise TypeError("a value is no text")
+    return id, language, text
 
 
 def variants(

@@ -16,14 +16,13 @@ a score outside 0..1, an output that is no text.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from guard_middleware.errors import GuardError, GuardErrorKind
 from guard_middleware.guard.parse import parse
-from guard_training.corpus.rows import Row, Skipped, open_text, row_id
+from guard_training.corpus.rows import Row, Skipped, read_lines, row_id
 from guard_training.evaluation.metrics import Mode, paper_label
 from guard_training.evaluation.outcomes import SIDES, Outcome, OutcomeError, blank, from_json, to_json
 
@@ -41,43 +40,32 @@ def read_predictions(path: Path, name: str, rows: Sequence[Row], mode: Mode, ski
 
     Lines about other rows are passed over. Raises ``OutcomeError`` where no line fits a row.
     """
-    lines = _lines(path, skipped)
+    lines: dict[str, tuple[str, Mapping[str, Any]]] = {}
+
+    def new(value: Mapping[str, Any], where: str) -> tuple[str, tuple[str, Mapping[str, Any]]]:
+        if (id := row_id(value.get("id"))) is None:
+            raise OutcomeError("no text id")
+        if id in lines:
+            raise OutcomeError(f"id {id!r} a second time")
+        return id, (where, value)
+
+    for id, line in read_lines(path, new, skipped, "a prediction"):
+        lines[id] = line
     outcomes = []
     for row in rows:
         start = blank(row, model=name)
-        number, value = lines.get(row.id, (0, None))
+        where, value = lines.get(row.id, ("", None))
         if value is None:
             outcomes.append(dataclasses.replace(start, error=MISSING))
             continue
         try:
             outcomes.append(_outcome(start, value, mode))
         except OutcomeError as error:
-            skipped(f"{path.name}:{number}: {row.id}: {error}")
+            skipped(f"{where}: {row.id}: {error}")
             outcomes.append(dataclasses.replace(start, error=MISSING))
     if not any(row.id in lines for row in rows):
         raise OutcomeError(f"{path}: no line has the id of a row of the data; ids must be those of the data file")
     return outcomes
-
-
-def _lines(path: Path, skipped: Skipped) -> dict[str, tuple[int, dict[str, Any]]]:
-    """The number of the line and its object, by row id."""
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            id = row_id(value.get("id")) if isinstance(value, dict) else None
-            if id is None:
-                skipped(f"{path.name}:{number}: no object with a text id")
-            elif id in found:
-                skipped(f"{path.name}:{number}: id {id!r} a second time")
-            else:
-                found[id] = (number, value)
-    return found
 
 
 def _outcome(start: Outcome, value: Mapping[str, Any], mode: Mode) -> Outcome:

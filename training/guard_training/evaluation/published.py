@@ -6,11 +6,8 @@ Averages are weighed by the number of labels. A figure that the paper does not g
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from guard_training.evaluation.outcomes import Side
-
-Average = Literal["text", "all"]
 
 _REQUEST = (
     "ToxicChat", "HarmBenchPrompt", "OpenAIModeration", "AegisSafetyTest", "SimpleSafetyTests", "WildGuardTestPrompt",

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from guard_training.corpus.rows import Skipped
 from guard_training.evaluation import plots, tables
-from guard_training.evaluation.measure import write_json
 from guard_training.evaluation.metrics import Mode, called, groups
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side
+from guard_training.rowfile import write_json
 
 SHOWN = 40
 _ABOUT: Mapping[str, str] = {
@@ -113,7 +113,7 @@ def present(
     The page's plot is what ``draw`` gives, with its ``caption``.
     """
     if json_file:
-        write_json(report, json_file)
+        write_json(json_file, report)
     console.print(sheet.rich())
     for line in lines:
         console.print(line, markup=False)

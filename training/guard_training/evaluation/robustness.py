@@ -13,9 +13,7 @@ Answers are kept under the digest of what was asked and of the guard's revision 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,62 +21,17 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import Progress
 
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
 from guard_training.evaluation import plots
 from guard_training.evaluation.curves import area_interval, curve
-from guard_training.evaluation.measure import identity, measure, sample
+from guard_training.evaluation.measure import identity, measure
 from guard_training.evaluation.outcomes import Outcome, Side
 from guard_training.evaluation.perturb import GROUPS, PerturbError, Variant, read_translations, subjects, variants
 from guard_training.evaluation.report import present
-from guard_training.evaluation.stats import Rate
+from guard_training.evaluation.stats import Rate, paired_change, rate_json
 from guard_training.evaluation.tables import Sheet, cell
 
 _PLAIN = "as it is"
-_Z = 1.959963984540054
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Paired change of a rate: ``gained`` rows became hits, ``lost`` ceased to be, of ``total``."""
-
-    gained: int
-    lost: int
-    total: int
-
-    @property
-    def value(self) -> float | None:
-        return (self.gained - self.lost) / self.total if self.total else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Wald's 95 % interval with half a pair added to each of the four cells (Agresti and Min 2005)."""
-        if not self.total:
-            return None
-        n, gained, lost = self.total + 2, self.gained + 0.5, self.lost + 0.5
-        middle = (gained - lost) / n
-        half = _Z * math.sqrt((gained + lost) - (gained - lost) ** 2 / n) / n
-        return max(-1.0, middle - half), min(1.0, middle + half)
-
-
-def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
-    """The change from ``before`` to ``after``, row by row; ``ValueError`` for lists of different length."""
-    pairs = list(zip(before, after, strict=True))
-    return Change(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
-
-
-def rate_json(rate: Rate | Change) -> dict[str, Any] | None:
-    """Value, 95 % interval and count, or None where there is nothing to count."""
-    return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
-
-
-def mean_json(values: Sequence[float], most: float = math.inf) -> dict[str, Any] | None:
-    """Mean of values between 0 and ``most`` with its normal 95 % interval; None where there are none."""
-    if not values:
-        return None
-    n, mean = len(values), sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(1, n - 1)) ** 0.5
-    half_width = _Z * spread / n**0.5
-    return {"value": mean, "interval": (max(0.0, mean - half_width), min(most, mean + half_width)), "n": n}
 
 
 def measure_robustness(

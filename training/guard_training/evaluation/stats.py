@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
-_Z = 1.959963984540054
+#: half the width of a normal 95 % interval, in standard deviations
+Z = 1.959963984540054
 DRAWS = 1000
 
 Array = NDArray[np.float64]
@@ -38,10 +40,52 @@ class Rate:
         """Wilson's score interval (Wilson 1927)."""
         if not self.total:
             return None
-        p, n, z2 = self.hits / self.total, self.total, _Z * _Z
-        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        low, high = binomtest(self.hits, self.total).proportion_ci(method="wilson")
+        return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Paired change of a rate: ``gained`` rows became hits, ``lost`` ceased to be, of ``total``."""
+
+    gained: int
+    lost: int
+    total: int
+
+    @property
+    def value(self) -> float | None:
+        return (self.gained - self.lost) / self.total if self.total else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """Wald's 95 % interval with half a pair added to each of the four cells (Agresti and Min 2005)."""
+        if not self.total:
+            return None
+        n, gained, lost = self.total + 2, self.gained + 0.5, self.lost + 0.5
+        middle = (gained - lost) / n
+        half = Z * math.sqrt((gained + lost) - (gained - lost) ** 2 / n) / n
+        return max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+    """The change from ``before`` to ``after``, row by row; ``ValueError`` for lists of different length."""
+    pairs = list(zip(before, after, strict=True))
+    return Change(sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs), len(pairs))
+
+
+def rate_json(rate: Rate | Change) -> dict[str, Any] | None:
+    """Value, 95 % interval and count, or None where there is nothing to count."""
+    return {"value": rate.value, "interval": rate.interval, "n": rate.total} if rate.total else None
+
+
+def mean_json(values: Sequence[float], most: float = math.inf) -> dict[str, Any] | None:
+    """Mean of values between 0 and ``most`` with its normal 95 % interval; None where there are none."""
+    if not values:
+        return None
+    n, mean = len(values), sum(values) / len(values)
+    spread = (sum((value - mean) ** 2 for value in values) / max(1, n - 1)) ** 0.5
+    half_width = Z * spread / n**0.5
+    return {"value": mean, "interval": (max(0.0, mean - half_width), min(most, mean + half_width)), "n": n}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +126,12 @@ def confusion(pairs: Sequence[tuple[bool, bool | None]]) -> Confusion:
     return Confusion(*(counts[number] for number in range(4)))
 
 
-def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS, seed: int = 0) -> Interval | None:
+def f1_interval(pairs: Sequence[tuple[bool, bool | None]], *, draws: int = DRAWS) -> Interval | None:
     """Percentile bootstrap 95 % interval of F1 over the rows; None where F1 has no meaning."""
     counts = confusion(pairs)
     if counts.f1 is None:
         return None
-    return percentiles(figures(resample(counts, np.random.default_rng(seed), draws))["f1"])
+    return percentiles(figures(resample(counts, np.random.default_rng(0), draws))["f1"])
 
 
 def resample(counts: Confusion, rng: np.random.Generator, draws: int = DRAWS) -> Array:
@@ -160,11 +204,8 @@ class Paired:
     @property
     def p(self) -> float:
         """Two-sided exact McNemar test that both are right equally often (McNemar 1947)."""
-        n, k = self.only_ours + self.only_theirs, min(self.only_ours, self.only_theirs)
-        if n == 0:
-            return 1.0
-        logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
-        return min(1.0, 2 * sum(math.exp(one - n * math.log(2)) for one in logs))
+        apart = self.only_ours + self.only_theirs
+        return float(binomtest(self.only_ours, apart).pvalue) if apart else 1.0
 
     def sides(self) -> tuple[Confusion, Confusion]:
         """Ours and theirs."""
@@ -213,6 +254,4 @@ def _multinomial(cells: Sequence[int], rng: np.random.Generator, draws: int) -> 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
     """The value below which ``share`` of the values lie (nearest rank)."""
-    if not values:
-        return None
-    return sorted(values)[min(len(values) - 1, max(0, math.ceil(share * len(values)) - 1))]
+    return np.quantile(values, share, method="inverted_cdf").item() if values else None

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.nano.lexicon import balance
@@ -57,7 +60,7 @@ def training_rows(files: Sequence[Path], recipe: Recipe, against: Sequence[Path]
 def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baseline:
     """``threshold`` of the request; None is as nano's operating point.
 
-    Raises ``BaselineError`` where a label is missing or scikit-learn is not installed.
+    Raises ``BaselineError`` where a label is missing.
     """
     request = fit([(row.prompt, row.source, row.request == "harmful") for row in rows.prompts])
     pairs = [(row.response or "", row.source, row.response_label == "harmful") for row in rows.pairs]
@@ -70,12 +73,6 @@ def train(rows: Rows, recipe: Recipe, threshold: float | None = None) -> Baselin
 
 def fit(cases: Sequence[tuple[str, str, bool]]) -> Side:
     """One side's classifier from (text, source, harmful). Raises ``BaselineError``."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
-        raise BaselineError("scikit-learn is not installed: `pip install 'scikit-learn>=1.6,<2'`") from None
     texts = [text[:_CHARACTERS] for text, _, _ in cases]
     harmful = [flag for _, _, flag in cases]
     if len(set(harmful)) < 2:

@@ -44,17 +44,17 @@ def _states(
     return states
 
 
-def shift_decision(trainer: GuardSFTTrainer, *, harmful: int, unharmful: int, shift: float, batches: int = 10) -> float:
+def shift_decision(trainer: GuardSFTTrainer, *, harmful: int, unharmful: int, shift: float) -> float:
     """Adds ``shift`` (in logits, negative for fewer harmful verdicts) to the margin of token ``harmful`` over
     ``unharmful``, in place.
 
-    The direction comes from the first ``batches`` batches of 32 training rows. Returns the spread of what was added
+    The direction comes from the first 320 training rows. Returns the spread of what was added
     over them (standard deviation over mean).
     """
     model: Any = trainer.model
     model.eval()
     with torch.no_grad():
-        found = torch.cat(_states(trainer, trainer.train_dataset, harmful, unharmful, 32 * batches))
+        found = torch.cat(_states(trainer, trainer.train_dataset, harmful, unharmful, 320))
         mean = found.mean(0)
         direction = mean / mean.square().sum()
         weight = model.get_output_embeddings().weight

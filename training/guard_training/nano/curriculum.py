@@ -8,6 +8,7 @@ Refuses: a folder that holds a run, unless it is to go on; a checkpoint of other
 # ruff: noqa: S311 - the draws must repeat for a seed, not resist guessing
 from __future__ import annotations
 
+import io
 import math
 import random
 import time
@@ -31,6 +32,7 @@ from guard_training.nano.reading import (
     to_batch,
 )
 from guard_training.nano.render import HELD_OUT_FONTS, TRAIN_FONTS
+from guard_training.rowfile import write_whole
 
 
 class TowerError(ValueError):
@@ -193,10 +195,10 @@ def _step(
 def _save(
     file: Path, settings: TowerSettings, tower: ReadingTower, optimizer: torch.optim.Optimizer, seen: Progressed
 ) -> None:
-    fresh = file.with_suffix(".new")
+    buffer = io.BytesIO()
     state = {"tower": tower.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "seen": asdict(seen), "settings": asdict(settings)}, fresh)
-    fresh.replace(file)
+    torch.save({**state, "seen": asdict(seen), "settings": asdict(settings)}, buffer)
+    write_whole(file, buffer.getvalue())
 
 
 def _load(file: Path, settings: TowerSettings, tower: ReadingTower, optimizer: torch.optim.Optimizer) -> Progressed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from guard_middleware.guard.reader import Reader
@@ -38,10 +38,6 @@ class DrawnText:
                 out.write(b"\n" + line if self._cut_off else line)
             self._cut_off = False
         return self._known[digest]
-
-    def missing(self, images: Iterable[bytes]) -> int:
-        """How many of ``images`` have not been read yet."""
-        return sum(hashlib.sha256(image).hexdigest() not in self._known for image in images)
 
 
 def _pair(line: bytes) -> tuple[str, str] | None:

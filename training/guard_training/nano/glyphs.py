@@ -66,12 +66,12 @@ class Texts:
     words: tuple[str, ...]
 
 
-def bank_texts(folder: Path, *, held: bool, fraction: float = 0.1) -> Texts:
+def bank_texts(folder: Path, *, held: bool) -> Texts:
     """Benign prompts of the bank (printable ASCII): those held out, or the rest. Raises ``CorpusError``."""
     lines = [
         " ".join(row.prompt.split())
         for row in read_bank(folder)
-        if row.source.startswith("bank_benign") and held_out(row.id, fraction) == held
+        if row.source.startswith("bank_benign") and held_out(row.id, 0.1) == held
     ]
     lines = [line for line in lines if all(char in _CODES for char in line)]
     return Texts(tuple(lines), tuple(sorted({word for line in lines for word in line.split() if len(word) < 16})))

@@ -85,8 +85,8 @@ class Lexicon:
         """What a lower-cased word adds to a logit, before the length of the text is taken into account."""
         return self.weights.get(word, 0.0) * self.rarity.get(word, 0.0)
 
-    def quote(self, text: str, label: Label, *, longest: int = 4) -> str:
-        """The stretch of at most ``longest`` words of ``text`` that speaks most for ``label``, lower-cased.
+    def quote(self, text: str, label: Label) -> str:
+        """The stretch of at most four words of ``text`` that speaks most for ``label``, lower-cased.
 
         Empty where the text holds no word. White space inside is one blank, so that a quote stays in its line.
         """
@@ -96,7 +96,7 @@ class Lexicon:
         best, span = float("-inf"), (0, 0)
         for start in range(len(found)):
             total = 0.0
-            for stop in range(start, min(start + longest, len(found))):
+            for stop in range(start, min(start + 4, len(found))):
                 total += values[stop]
                 if found[stop].end() - found[start].start() > 40 and stop > start:
                     break

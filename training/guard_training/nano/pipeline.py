@@ -48,7 +48,6 @@ from guard_training.nano.trainer import (
     Collator,
     GuardSFTTrainer,
     Meanings,
-    StopAfter,
     Vocabulary,
     encode_example,
     in_batches,
@@ -58,7 +57,7 @@ from guard_training.nano.trainer import (
 from guard_training.nano.variants import Thesaurus, make_thesaurus, variant
 from guard_training.nano.wordnet import FOLDER, definitions, lemmas
 from guard_training.rowfile import begin, digest, kept_json
-from guard_training.tuning.run import last_checkpoint
+from guard_training.tuning.run import StopAfter, last_checkpoint
 
 
 def make_lexicon(rows: Rows, recipe: Recipe) -> Lexicon:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guard_training.tuning.settings import RecipeError, read_settings, recipe_path, settings
-
-__all__ = ["Recipe", "RecipeError", "default_recipe", "read_recipe", "recipe", "stages"]
+from guard_training.tuning.settings import read_settings, recipe_path, settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +74,11 @@ def read_recipe(path: Path) -> Recipe:
     return read_settings(Recipe, path)
 
 
-def recipe(value: dict[str, Any], where: str = "recipe") -> Recipe:
-    """The recipe in a mapping; raises ``RecipeError``."""
-    return settings(Recipe, value, where)
-
-
 def stages(first: Recipe) -> list[Recipe]:
     """The stages of a run: the recipe itself, then the recipe with what each of ``stages`` says and its own draws."""
     values = {name: getattr(first, name) for name in first.__slots__}
     later = [
-        recipe({**values, **changed, "seed": first.seed + number}, f"stage {number + 1}")
+        settings(Recipe, {**values, **changed, "seed": first.seed + number}, f"stage {number + 1}")
         for number, changed in enumerate(first.stages, 1)
     ]
     return [first, *later]

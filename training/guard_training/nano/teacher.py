@@ -12,16 +12,16 @@ The same place takes a real teacher: ``external`` wraps a rationale written by s
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from guard_middleware.guard.parse import TAGS, completion
 from guard_middleware.types import Label
-from guard_training.corpus.rows import Skipped, open_text, row_id
+from guard_training.corpus.rows import Skipped, read_lines, row_id
 from guard_training.nano.lexicon import Lexicon
 
 
@@ -245,24 +245,18 @@ def read_rationales(path: Path, skipped: Skipped) -> dict[str, str]:
     What cannot be used goes to ``skipped``: a line of anything else, a row's second one, a tag of the output format.
     """
     out: dict[str, str] = {}
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-                id, reasoning = row_id(value["id"]), value.get("reasoning") or value["rationale"]
-                if id is None or not isinstance(reasoning, str):
-                    raise TypeError
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                skipped(f"{path.name}:{number}: a rationale is {{'id': text, 'reasoning': text}}")
-                continue
-            if id in out:
-                skipped(f"{path.name}:{number}: {id}: a second rationale")
-            elif any(tag in reasoning for tag in TAGS):
-                skipped(f"{path.name}:{number}: {id}: the reasoning must not hold {', '.join(TAGS)}")
-            else:
-                out[id] = reasoning
+
+    def keep(value: Mapping[str, Any], where: str) -> None:
+        id, reasoning = row_id(value["id"]), value.get("reasoning") or value["rationale"]
+        if id is None or not isinstance(reasoning, str):
+            raise ValueError("id and reasoning are texts")
+        if any(tag in reasoning for tag in TAGS):
+            raise ValueError(f"{id}: the reasoning must not hold {', '.join(TAGS)}")
+        if out.setdefault(id, reasoning) is not reasoning:
+            raise ValueError(f"{id} a second time")
+
+    for _ in read_lines(path, keep, skipped, "a rationale, {id, reasoning}"):
+        pass
     return out
 
 

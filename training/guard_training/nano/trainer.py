@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast, TrainerCallback
+from transformers import DynamicCache, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.guard.prompt import PromptEncoder, Transcript, expand_images
@@ -321,18 +321,6 @@ class GuardSFTTrainer(ResumingTrainer, SFTTrainer):
         if self.maps is not None:
             torch.save(self.maps.state_dict(), Path(output_dir or self.args.output_dir) / _MAPS)
         trim()
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run early, on its own schedule, and leaves a checkpoint to go on from."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= self._step:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def training_arguments(

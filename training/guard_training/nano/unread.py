@@ -19,8 +19,7 @@ from guard_middleware.worker.engine import BatchEngine
 from guard_middleware.worker.metrics import Metrics
 from guard_middleware.worker.service import GuardService, ServiceLimits
 from guard_training.corpus.conversation import conversation
-from guard_training.corpus.rows import Row
-from guard_training.evaluation.measure import sample
+from guard_training.corpus.rows import Row, sample
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.reading import similarity
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from guard_training.corpus.rows import Row
-from guard_training.synthesis.prompt import SYSTEM, image_size, messages
+from guard_training.synthesis.prompt import SYSTEM, messages, sent_size
 
 _CHARACTERS, _PATCH = 4, 28
 
@@ -52,7 +52,7 @@ def prompt_tokens(row: Row, *, side: int, image_tokens: int | None) -> int:
     text = messages(row, None)[1]["content"][0]["text"]
     tokens = math.ceil((len(SYSTEM) + len(text)) / _CHARACTERS)
     if row.image is not None:
-        width, height = image_size(row.image, side)
+        width, height = sent_size(row.image, side)
         tokens += image_tokens or math.ceil(width / _PATCH) * math.ceil(height / _PATCH)
     return tokens
 

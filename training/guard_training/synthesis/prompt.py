@@ -16,12 +16,10 @@ from typing import Any
 from PIL import Image
 
 from guard_middleware.types import Label
+from guard_training.corpus.conversation import FORMATS, image_size
 from guard_training.corpus.rows import CorpusError, Row
 
 MAX_STEPS = 10
-#: sent as they are; anything else is re-encoded
-_PLAIN = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-_MAX_PIXELS = 50_000_000
 
 SYSTEM = """\
 You write reasoning from which a small safety classifier learns. You are shown one exchange: what a person asked an AI \
@@ -86,26 +84,20 @@ def _known(label: Label | None) -> str:
     return label or "decide yourself"
 
 
-def image_size(path: Path, side: int) -> tuple[int, int]:
-    """Width and height as sent, from the header; raises ``CorpusError`` for what is no image or is too large."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise CorpusError(f"{path.name} is no readable image") from None
-    if width * height > _MAX_PIXELS:
-        raise CorpusError(f"{path.name} has {width} x {height} pixels, more than {_MAX_PIXELS}; scale it down")
+def sent_size(path: Path, side: int) -> tuple[int, int]:
+    """Width and height as sent; raises ``CorpusError`` as ``image_size``."""
+    width, height = image_size(path)
     scale = min(1.0, side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def data_url(path: Path, side: int) -> str:
     """The image as a data URL, its longer side at most ``side`` pixels. Raises ``CorpusError``."""
-    size = image_size(path, side)
+    size = sent_size(path, side)
     try:
         with Image.open(path) as image:
-            if image.size == size and image.format in _PLAIN:
-                return _url(_PLAIN[image.format], path.read_bytes())
+            if image.size == size and image.format in FORMATS:
+                return _url(FORMATS[image.format], path.read_bytes())
             image.draft("RGB", size)
             buffer = io.BytesIO()
             image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=92)

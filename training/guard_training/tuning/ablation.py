@@ -9,7 +9,6 @@ by row, with the full recipe.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.tables import Sheet
 from guard_training.process import LAUNCH, run_child
-from guard_training.rowfile import write_whole
+from guard_training.rowfile import write_json
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.run import last_checkpoint
 
@@ -156,7 +155,7 @@ def write(results: Sequence[Result], recipe: GrpoSettings, output: Path) -> list
     output.mkdir(parents=True, exist_ok=True)
     value = {"recipe": asdict(recipe), "variants": [asdict(one) for one in results]}
     files = [output / f"ablations.{kind}" for kind in ("json", "svg", "png")]
-    write_whole(files[0], (json.dumps(value, indent=1) + "\n").encode())
+    write_json(files[0], value)
     figure = plot(results)
     for file in files[1:]:
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)

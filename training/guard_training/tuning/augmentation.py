@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from guard_training.corpus.conversation import image_size
 from guard_training.corpus.leakage import Fingerprints, readable
 from guard_training.corpus.rows import CorpusError, Row, Skipped, held_out, labelled, read_good_rows, row_to_json
 from guard_training.evaluation.tables import Sheet
 from guard_training.journal import Journal
 from guard_training.rowfile import begin, bring_image, digest
-from guard_training.tuning.concatenation import Options, compose, count_for, plan, size_of
+from guard_training.tuning.concatenation import Options, compose, count_for, plan
 
 
 def augment(
@@ -78,7 +79,7 @@ def _usable(rows: Sequence[Row], skipped: Skipped) -> list[Row]:
     for row in readable(labelled(rows, skipped), Fingerprints(), skipped):
         try:
             if row.image is not None:
-                size_of(row.image)
+                image_size(row.image)
         except CorpusError as error:
             skipped(f"{row.name}: {error}")
         else:

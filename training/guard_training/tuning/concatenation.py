@@ -27,6 +27,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from guard_middleware.types import Label
+from guard_training.corpus.conversation import image_size
 from guard_training.corpus.rows import CorpusError, Row
 from guard_training.rowfile import write_whole
 
@@ -37,8 +38,8 @@ Across = Literal["any", "across", "within"]
 LAYOUTS, ORDERS = get_args(Layout), get_args(Order)
 PAIRINGS, ACROSS = get_args(Pairing), get_args(Across)
 
-#: area of the largest image that is decoded; four corners take an inset each
-MAX_PIXELS, _CORNERS = 50_000_000, 4
+#: four corners take an inset each
+_CORNERS = 4
 _GRID_FILLERS = 2
 
 
@@ -214,7 +215,7 @@ Size = tuple[int, int]
 
 def merge(images: Sequence[Path], layout: Layout, gap: int, folder: Path, options: Options) -> Path:
     """The images as one picture on white, a PNG named by its digest. Raises ``CorpusError``."""
-    sizes = [size_of(image) for image in images]
+    sizes = [image_size(image) for image in images]
     size, boxes = place(sizes, layout, gap=gap, side=options.side, inset=options.inset)
     canvas = Image.new("RGB", size, "white")
     # An inset is drawn on top of its base, which `place` gives the largest box.
@@ -228,18 +229,6 @@ def merge(images: Sequence[Path], layout: Layout, gap: int, folder: Path, option
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, data)
     return target
-
-
-def size_of(image: Path) -> Size:
-    """Width and height from the header; raises ``CorpusError`` for what is no image or is too large to decode."""
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise CorpusError(f"{image.name} is no readable image") from None
-    if width * height > MAX_PIXELS:
-        raise CorpusError(f"{image.name} has {width} x {height} pixels, more than {MAX_PIXELS}; scale it down")
-    return width, height
 
 
 def place(sizes: Sequence[Size], layout: Layout, *, gap: int, side: int, inset: float) -> tuple[Size, list[Box]]:

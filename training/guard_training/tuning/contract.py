@@ -3,7 +3,7 @@
 Prompts go through ``guard_middleware.guard.prompt`` (text of a row can never become a control token, images stand
 where the published weights expect them), completions through ``guard_middleware.guard.parse.completion`` (what the
 strict parser reads back). Nothing here needs torchvision: it breaks ``AutoProcessor`` on a CPU build of torch, so
-tokenizer and Pillow image processor are loaded one by one; ``processor`` joins them for trainers that insist.
+tokenizer and Pillow image processor are loaded one by one; ``ImageTextProcessor`` joins them for trainers that insist.
 
 Refuses: what ``guard_middleware.worker.weights`` refuses, a row whose request has no label, and a rationale that
 holds a tag of the output form.
@@ -159,8 +159,3 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return type(argument)
-
-
-def processor(contract: Contract) -> ImageTextProcessor:
-    """Tokenizer and image processor as one, for trainers that take a processor."""
-    return ImageTextProcessor(contract.images, contract.tokenizer, chat_template=contract.tokenizer.chat_template)

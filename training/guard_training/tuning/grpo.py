@@ -30,7 +30,7 @@ from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
 from guard_training.nano.cpu import hasten
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import digest
 from guard_training.tuning.alarms import Limits, StopWhenHacked, Watch, measure
 from guard_training.tuning.clipping import FLOOR, DynamicClipping
 from guard_training.tuning.contract import Contract, load_contract, load_model, pictures
@@ -40,11 +40,11 @@ from guard_training.tuning.run import (
     Bar,
     Meter,
     adapters,
+    begin_once,
     curves,
     freeze,
     last_checkpoint,
     peak_memory,
-    report_to,
     save_guard,
 )
 from guard_training.tuning.scoring import SafetyReward
@@ -167,7 +167,7 @@ def arguments(recipe: GrpoSettings, output: Path, rows: int, *, cpu: bool) -> GR
         save_steps=recipe.save_every * recipe.updates_per_rollout,
         save_total_limit=2,
         logging_steps=1,
-        report_to=report_to(),
+        report_to="tensorboard",
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
@@ -198,7 +198,7 @@ def select(
 ) -> Chosen:
     """The rows of a run, in order: labelled, of the wanted modality, short enough. ``read`` reads an image's bytes."""
     chosen = Chosen([], {})
-    for row in track(rows, "reading rows"):
+    for row in track(rows, "reading rows", disable=not PartialState().is_main_process):
         if (recipe.rows != "all" and (row.image is not None) != (recipe.rows == "image")) or (
             row.source == MIXED and not recipe.mixed_rows
         ):
@@ -317,13 +317,15 @@ def train(
     # the alarms may change: a run that one stopped goes on with another limit
     settings = {key: value for key, value in asdict(recipe).items() if key != "alarms"}
     settings |= {"model": contract.facts.revision, "data": digest(data)}
-    begin(output / "run", settings)
+    begin_once(output, settings)
     folder, last = output / "model", last_checkpoint(output)
     if (folder / "guard.json").is_file():
         console.print(f"{folder} is finished", markup=False)
         return folder
-    reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
-    chosen = select(recipe, contract, rows, skipped, reader)
+    # what the main process has read stands in the file when the others come
+    with PartialState().main_process_first():
+        reader = DrawnText(output / "drawn.jsonl", read) if recipe.reader and read else None
+        chosen = select(recipe, contract, rows, skipped, reader)
     args = arguments(recipe, output, len(chosen.rows), cpu=cpu)
     args.disable_tqdm = True
     model = load_model(contract.folder)

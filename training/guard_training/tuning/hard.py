@@ -16,7 +16,8 @@ from guard_middleware.errors import GuardError
 from guard_training.corpus.rows import CorpusError, Row, Skipped, labelled, read_good_rows, row_to_json
 from guard_training.evaluation.tables import Sheet
 from guard_training.journal import Journal
-from guard_training.rowfile import OutputError, begin, bring_image, digest, write_whole
+from guard_training.nano.drawn import Read
+from guard_training.rowfile import OutputError, begin, bring_image, digest, write_json, write_whole
 from guard_training.tuning.contract import Contract, pictures
 from guard_training.tuning.rejection import (
     Counts,
@@ -29,8 +30,6 @@ from guard_training.tuning.rejection import (
     to_json,
 )
 from guard_training.tuning.sampling import Prompt, Sampler, Sampling, row_seed
-
-Read = Callable[[bytes], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ def reject(
     write_whole(output, "".join(f"{line}\n" for line in chosen).encode())
     groups = statistics(rows, counts, kept, sampling.k)
     if report is not None:
-        write_whole(report, (json.dumps([asdict(group) for group in groups], indent=1) + "\n").encode())
+        write_json(report, [asdict(group) for group in groups])
     console.print(_sheet(groups, sampling.k).rich())
     console.print(f"{len(kept)} rows kept in {output}", markup=False, soft_wrap=True)
     skipped.tell(console, output.with_name(f"{output.stem}.skipped.txt"))

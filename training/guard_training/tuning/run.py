@@ -5,7 +5,6 @@ guard's folder at the end.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from peft import LoraConfig, PeftModel
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from guard_training.rowfile import begin
 from guard_training.tuning.contract import Contract, load_model
 from guard_training.tuning.settings import LoraSettings
 
@@ -47,6 +47,14 @@ def freeze(model: Any, *, vision: bool, projector: bool) -> None:
     for name, parameter in model.model.visual.named_parameters():
         if projector if name.startswith("merger.") else vision:
             parameter.requires_grad_(False)
+
+
+def begin_once(output: Path, settings: dict[str, Any]) -> None:
+    """Notes what a run is made of, in its folder, before any process goes on."""
+    state = PartialState()
+    if state.is_main_process:
+        begin(output / "run", settings)
+    state.wait_for_everyone()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -102,6 +110,18 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     # kibibytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run early on its own schedule, with a checkpoint to go on from."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self._step:
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 class Meter(TrainerCallback):
@@ -182,8 +202,3 @@ def curves(stage: str) -> list[TrainerCallback]:
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 
     return [OtelCurves(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]), stage)]
-
-
-def report_to() -> str:
-    """Where Trainer itself sends its curves: TensorBoard, where it is installed."""
-    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"

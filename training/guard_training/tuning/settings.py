@@ -6,14 +6,16 @@ Every constant stands in the recipe: a field is optional only where its dataclas
 
 from __future__ import annotations
 
-import types
+import json
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 
@@ -49,21 +51,40 @@ def read_settings(kind: type[T], path: Path, changes: Sequence[str] = ()) -> T:
 
 def settings(kind: type[T], value: Mapping[str, Any], where: str = "recipe") -> T:
     """The settings in a mapping; raises ``RecipeError``."""
-    hints = typing.get_type_hints(kind)
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    for key in value:
-        if key not in known:
-            raise RecipeError(f"{where}: unknown key {key!r}; known keys: {', '.join(known)}")
-    given = {}
-    for key, field in known.items():
-        if key in value:
-            given[key] = _read(hints[key], value[key], f"{where}: {key}")
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise RecipeError(f"{where}: {key} is missing; copy it from the recipe of the same command")
     try:
-        return kind(**given)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        # By way of JSON: in strict mode pydantic makes no dataclass, tuple or path of a Python value.
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True, extra="forbid")
+    except ValidationError as error:
+        # a key that is misspelt is missing too: what was written says more
+        first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
+        raise RecipeError(f"{where}: {_reason(kind, first)}") from None
+    except (TypeError, ValueError, RecursionError) as error:  # a date, or an alias of what holds it
+        raise RecipeError(f"{where}: {error}; constants are texts, numbers, true and false, lists, mappings") from None
+
+
+def _reason(kind: type, error: ErrorDetails) -> str:
+    *outer, key = error["loc"] or ("",)
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            place = f"{path.rpartition('.')[0]}: " if outer else ""
+            return f"{place}unknown key {key!r}; known keys: {', '.join(field.name for field in _fields(kind, outer))}"
+        case "missing":
+            return f"{path} is missing; copy it from the recipe of the same command"
+        case "value_error":
+            return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+        case "float_type" if isinstance(error["input"], str):
+            # YAML 1.1 reads 5e-5 as a text
+            return f"{path} must be a number; one with an exponent needs its point: write it as 5.0e-5"
+    return f"{path} {error['msg'].replace('Input should be', 'must be')}"
+
+
+def _fields(kind: Any, path: Sequence[int | str]) -> tuple[Field[Any], ...]:
+    """Those of the dataclass that stands at ``path``."""
+    for key in path:
+        hint = typing.get_type_hints(kind)[str(key)]
+        kind = next(filter(is_dataclass, (hint, *typing.get_args(hint))))
+    return fields(kind)
 
 
 def _change(value: dict[str, Any], change: str) -> None:
@@ -80,66 +101,6 @@ def _change(value: dict[str, Any], change: str) -> None:
         value[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise RecipeError(f"--set {change}: the value is no YAML") from None
-
-
-def _read(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        if len(options) == 1:
-            return _read(options[0], value, where)
-        fitting = next((option for option in options if _fits(option, value)), options[0])
-        return _read(fitting, value, where)
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            raise RecipeError(f"{where} must be one of {', '.join(map(str, arguments))}")
-        return value
-    if origin in (list, tuple):
-        if not isinstance(value, list):
-            raise RecipeError(f"{where} must be a list")
-        read = [_read(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value)]
-        return read if origin is list else tuple(read)
-    if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise RecipeError(f"{where} must be a mapping")
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{where} must be a mapping of {', '.join(field.name for field in fields(hint))}")
-        return settings(hint, value, where)
-    return _plain(hint, value, where)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    try:
-        _read(hint, value, "")
-    except RecipeError:
-        return False
-    return True
-
-
-def _plain(hint: Any, value: Any, where: str) -> Any:
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        # YAML 1.1 reads 5e-5 as a text: a number with an exponent needs its point.
-        exponent = hint is float and isinstance(value, str) and _number(value)
-        raise RecipeError(f"{where} must be a {hint.__name__}{'; write it as 5.0e-5' if exponent else ''}")
-    return value
-
-
-def _number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from guard_middleware.errors import GuardError
@@ -32,17 +31,18 @@ from guard_middleware.guard.prompt import ImageSlot, expand_images
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.rows import CorpusError, Row, Skipped
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import digest
 from guard_training.tuning.contract import Contract, load_contract, load_model, open_image, pictures, target
 from guard_training.tuning.run import (
     Bar,
     Meter,
     ResumingTrainer,
+    StopAfter,
     adapters,
+    begin_once,
     curves,
     freeze,
     last_checkpoint,
-    report_to,
     save_guard,
 )
 from guard_training.tuning.settings import RecipeError, SftSettings
@@ -181,23 +181,11 @@ def arguments(recipe: SftSettings, output: Path, *, cpu: bool) -> SFTConfig:
         save_total_limit=recipe.keep_checkpoints,
         logging_steps=recipe.log_every,
         logging_first_step=True,
-        report_to=report_to(),
+        report_to="tensorboard",
         disable_tqdm=True,
         seed=recipe.seed,
         data_seed=recipe.seed,
     )
-
-
-class StopAfter(TrainerCallback):
-    """Ends a run early on its own schedule, with a checkpoint to go on from."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= self._steps:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def build(
@@ -264,11 +252,3 @@ def train(
     if done.global_step < trainer.state.max_steps:
         return None
     return save_guard(trainer, contract, folder)
-
-
-def begin_once(output: Path, settings: dict[str, Any]) -> None:
-    """Notes what a run is made of, in its folder, before any process goes on."""
-    state = PartialState()
-    if state.is_main_process:
-        begin(output / "run", settings)
-    state.wait_for_everyone()

@@ -24,6 +24,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -42,7 +43,7 @@ from guard_middleware.types import (
 )
 from guard_training.corpus.conversation import conversation
 from guard_training.corpus.leakage import words
-from guard_training.corpus.rows import CorpusError, Row, Skipped, encodable, open_text
+from guard_training.corpus.rows import CorpusError, Row, Skipped, encodable, read_lines
 from guard_training.rowfile import digest
 
 SOURCE = "corrections"
@@ -119,28 +120,10 @@ def _said(message: Message) -> str:
 
 def read_corrections(path: Path, skipped: Skipped, log: Mapping[str, Logged] | None = None) -> list[Correction]:
     """The lines of a file that can be used; with ``log`` (``read_log``) only those whose decision it holds."""
-    found = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name}:{number}"
-            try:
-                found.append(_correction(json.loads(line), path.parent, where, log))
-            except (CorpusError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                skipped(f"{where}: {_reason(error)}")
-    return found
+    return list(read_lines(path, partial(_correction, path.parent, log), skipped, "a usable correction"))
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return "not a line of JSON"
-    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _correction(value: Any, folder: Path, where: str, log: Mapping[str, Logged] | None) -> Correction:
-    if not isinstance(value, dict):
-        raise CorpusError("not an object")
+def _correction(folder: Path, log: Mapping[str, Logged] | None, value: Mapping[str, Any], where: str) -> Correction:
     if unknown := sorted(value.keys() - _KEYS):
         raise CorpusError(f"unknown key {', '.join(unknown)}; known: {', '.join(sorted(_KEYS))}")
     if not encodable(json.dumps(value, ensure_ascii=False)):
@@ -282,20 +265,14 @@ def read_log(paths: Iterable[Path], skipped: Skipped) -> dict[str, Logged]:
     """What decision logs say of every id in them, the requests' and the questions'."""
     found: dict[str, Logged] = {}
     for path in paths:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    found |= _log_line(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    skipped(f"{path.name}:{number}: not a line of the decision log")
+        for line in read_lines(path, _log_line, skipped, "a line of the decision log"):
+            found |= line
     return found
 
 
-def _log_line(value: Mapping[str, Any]) -> dict[str, Logged]:
+def _log_line(value: Mapping[str, Any], where: str) -> dict[str, Logged]:
     if not str(value["schema"]).startswith("guard_middleware.decision/"):
-        raise ValueError
+        raise ValueError(f"the schema is {value['schema']}")
     calls = {call["id"]: (call["source"], (call["verdict"] or {}).get("request")) for call in value["decisions"]}
     out = {id: Logged(frozenset({source}), label) for id, (source, label) in calls.items()}
     labels = [label for _, label in calls.values() if label]

@@ -19,16 +19,16 @@ from rich.progress import track
 from guard_middleware.types import REASON, Judging
 from guard_middleware.weights import manifest
 from guard_middleware.worker.weights import ModelFacts, resolve
-from guard_training.corpus.conversation import judgeable
+from guard_training.corpus.conversation import judgeable, usable
 from guard_training.corpus.leakage import Fingerprints, readable
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
-from guard_training.evaluation.measure import identity, sample, usable, write_json
+from guard_training.corpus.rows import Row, Skipped, distinct, read_good_rows, sample
+from guard_training.evaluation.measure import identity
 from guard_training.evaluation.metrics import compare, summarise
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.evaluation.report import render, write_report
 from guard_training.nano.drawn import DrawnText, Read
 from guard_training.nano.teacher import form
-from guard_training.rowfile import begin, digest
+from guard_training.rowfile import begin, digest, write_json
 from guard_training.tuning.grpo import GrpoSettings
 from guard_training.tuning.settings import SftSettings
 from guard_training.update import gate, revision
@@ -179,7 +179,7 @@ def prepare(
         kept_golden = usable([replace(row, id=f"golden:{row.id}") for row in golden], skipped)
         if not any(measured.values()) or not kept_golden:
             raise UpdateError(f"no usable row in the evaluation files or in the golden set; {skipped.summary()}")
-        older = _named_once([row for path in plan.replay for row in read_good_rows(path, skipped)])
+        older = distinct([row for path in plan.replay for row in read_good_rows(path, skipped)], skipped)
         against = {path.name: rows for path, rows in evaluation.items()}
         against = {**against, f"the golden set {plan.golden.name}": golden}
         corrected = without_leaks([one.lesson for one in kept], against, skipped, fingerprints=prints, track=shown)
@@ -225,11 +225,6 @@ def prepare(
     )
 
 
-def _named_once(rows: Sequence[Row]) -> list[Row]:
-    """The first row of every id: the guard's answers are kept by id."""
-    return list({row.id: row for row in reversed(rows)}.values())[::-1]
-
-
 def _askable(files: Mapping[Path, Sequence[Row]], limit: int | None, skipped: Skipped) -> dict[Path, list[Row]]:
     """At most ``limit`` rows of a source; an id counts once over all files."""
     named = {row.id: path for path, rows in reversed(list(files.items())) for row in rows}
@@ -267,8 +262,8 @@ def conclude(
     facts = resolve(str(new)).facts
     summaries = {path: _summary(plan, path, rows, after, facts) for path, rows in prepared.evaluation.items()}
     for path, summary in summaries.items():
-        write_json(summary, plan.output / "results" / f"{_stem(path)}.json")
-    write_json({**verdict.to_json(), "corrections": learnt}, plan.output / "update.json")
+        write_json(plan.output / "results" / f"{_stem(path)}.json", summary)
+    write_json(plan.output / "update.json", {**verdict.to_json(), "corrections": learnt})
     _report(plan, [before[id] for id in measured], [after[id] for id in measured])
     console.print(gate.sheet(verdict).rich())
     console.print(

@@ -17,8 +17,8 @@ import yaml
 from guard_middleware.weights import manifest
 from guard_middleware.worker.calibration import read
 from guard_middleware.worker.weights import ModelFacts
-from guard_training.corpus.rows import Row, Skipped, read_good_rows
-from guard_training.evaluation.measure import sample, usable
+from guard_training.corpus.conversation import usable
+from guard_training.corpus.rows import Row, Skipped, read_good_rows, sample
 from guard_training.nano.bank import default_bank, read_bank
 from guard_training.update import revision
 from guard_training.update.calibration import calibration, kinds

@@ -24,7 +24,7 @@ from guard_middleware.weights.manifest import CALIBRATION, CARD, LINEAGE, SUMS
 from guard_middleware.worker.calibration import read as read_calibration
 from guard_middleware.worker.weights import ModelFacts, load
 from guard_training.evaluation.card import BEGIN, END
-from guard_training.rowfile import digest
+from guard_training.rowfile import digest, write_json
 
 SCHEMA = "guard_training.lineage/1"
 #: What a guard's folder may hold beside the files that a revision adds.
@@ -63,19 +63,15 @@ def write_revision(
     (part / "results").mkdir(parents=True)
     for file in guard_files(guard):
         shutil.copyfile(file, part / file.name)
-    _write_json(part / LINEAGE, lineage)
+    write_json(part / LINEAGE, lineage)
     if calibration is not None:
-        _write_json(part / CALIBRATION, calibration)
+        write_json(part / CALIBRATION, calibration)
     for name, summary in results.items():
-        _write_json(part / "results" / f"{name}.json", summary)
+        write_json(part / "results" / f"{name}.json", summary)
     (part / CARD).write_text(card, encoding="utf-8")
     write_sums(part)
     part.rename(target)
     return target
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _listed(folder: Path) -> dict[str, Path]:
@@ -150,9 +146,9 @@ def verify(folder: Path) -> ModelFacts:
     return facts
 
 
-def data_file(role: str, path: Path, rows: int | None = None) -> dict[str, Any]:
+def data_file(role: str, path: Path) -> dict[str, Any]:
     """An entry of the lineage: a file by name and digest, never by its place."""
-    return {"role": role, "file": path.name, "sha256": digest(path), **({} if rows is None else {"rows": rows})}
+    return {"role": role, "file": path.name, "sha256": digest(path)}
 
 
 def lineage(

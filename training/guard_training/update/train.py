@@ -16,7 +16,7 @@ from rich.console import Console
 from guard_middleware.guard.prompt import Encoded, render
 from guard_training.corpus.rows import Row, Skipped
 from guard_training.nano.drawn import DrawnText, Read
-from guard_training.rowfile import write_whole
+from guard_training.rowfile import write_json
 from guard_training.tuning import sft
 from guard_training.tuning.contract import Contract, load_contract
 from guard_training.tuning.settings import SftSettings, settings
@@ -42,7 +42,7 @@ def chat_contract(model: str, *, max_pixels: int | None) -> ChatContract:
 
 def write_stage(folder: Path, recipe: SftSettings) -> None:
     """Notes the recipe beside the lessons."""
-    write_whole(folder / RECIPE, json.dumps(asdict(recipe), indent=1).encode())
+    write_json(folder / RECIPE, asdict(recipe))
 
 
 def read_stage(folder: Path) -> SftSettings:

@@ -17,7 +17,8 @@ from typing import Any
 
 from guard_training.corpus.leakage import Duplicate, Fingerprints, Leak, Track, find_duplicates, find_leaks
 from guard_training.corpus.rows import Row, row_to_json
-from guard_training.corpus.sources.parts import Part, write
+from guard_training.corpus.sources.parts import Part
+from guard_training.rowfile import write_json, write_whole
 
 TRAIN, TEST, REPORT = "train.jsonl", "harm_image_test.jsonl", "report.json"
 #: the part of the image rows that the paper holds out as HarmImageTest (section 2.1)
@@ -109,10 +110,10 @@ def write_corpus(built: Built, plan: Plan, folder: Path) -> None:
     """The files of the corpus, each in one go."""
     for name, rows in ((TRAIN, built.train), (TEST, built.test)):
         if rows or name == TRAIN:
-            write(folder / name, lines(rows, folder))
+            write_whole(folder / name, lines(rows, folder).encode())
         else:
             (folder / name).unlink(missing_ok=True)
-    write(folder / REPORT, json.dumps(report(built, plan), indent=2) + "\n")
+    write_json(folder / REPORT, report(built, plan))
 
 
 def lines(rows: Sequence[Row], folder: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from guard_training.corpus.sources.fields import Fields, Foreign, Picture, Unusa
 from guard_training.corpus.sources.records import Copy, Record, open_copy, open_hub
 from guard_training.corpus.sources.registry import Source
 from guard_training.journal import Journal
+from guard_training.rowfile import write_json, write_whole
 
 _SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 _IMAGES = "images"
@@ -89,12 +89,12 @@ def read_part(given: Given, folder: Path, watch: Watch = lambda records, total, 
     before = json.loads(done.read_text()) if done.exists() else {}
     if before.get("state") != state:
         good.unlink(missing_ok=True)
-        write(done, json.dumps({"state": state, "complete": False}))
+        write_json(done, {"state": state, "complete": False})
     if before != {"state": state, "complete": True}:
         # What was of no use is looked at again: its image may have been unpacked since.
         rest.unlink(missing_ok=True)
         complete = _fill(given, good, rest, watch)
-        write(done, json.dumps({"state": state, "complete": complete}))
+        write_json(done, {"state": state, "complete": complete})
     with Journal(rest) as lines:
         others = list(lines)
     skipped = Skipped([f"{line['id']}: {line['reason']}" for line in others if "reason" in line])
@@ -185,14 +185,5 @@ def _keep(data: bytes, target: Path) -> Path:
         raise Unusable(f"its image cannot be decoded ({type(error).__name__})") from None
     path = target / f"{hashlib.sha256(data).hexdigest()[:32]}{suffix}"
     if not path.exists():
-        target.mkdir(parents=True, exist_ok=True)
-        write(path, data)
+        write_whole(path, data)
     return path
-
-
-def write(path: Path, data: bytes | str) -> None:
-    """In one go: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(draft, path)
