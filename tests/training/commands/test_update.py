@@ -110,7 +110,7 @@ def test_a_whole_update_with_real_training_and_real_workers(
     )  # fmt: skip
     call(*again)
     said = capfd.readouterr().out
-    assert "c.jsonl:3: the label 'safe'" in said
+    assert "c.jsonl:3: not a usable correction: the label 'safe'" in said
     assert "4 rows, " in said
     made = tmp_path / "out" / "revision"
     lineage = json.loads((made / "lineage.json").read_text())
