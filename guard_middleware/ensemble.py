@@ -7,10 +7,13 @@ score reaches the policy's threshold, so that one verdict of an ensemble decides
                      else an error of any member is the outcome
                      else unharmful
     all              an error of any member is the outcome
-                     else harmful where every one says so
+                     else harmful where every one says so who has a say
     first_confident  in order: the first whose score is at most ``confident[0]`` or at least ``confident[1]`` decides;
                      an error is no confidence, but for one that the content provokes, which decides;
                      the last one asked decides alone, its error included
+
+A member that finds no harm and was told to ignore part of the content has no say under ``all`` and no confidence. What
+nobody read whose verdict counts is ``ignored`` of the outcome too, and no policy lets that pass as *unharmful*.
 
 So no member's error is ever taken for *unharmful*. Nor does an error undo what was found: where it would be the outcome
 and somebody asked before says harmful, the outcome is harmful, so that a policy which lets errors pass does not let
@@ -22,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
@@ -50,7 +53,12 @@ def combine(ensemble: Ensemble, threshold: float, source: Source, said: Mapping[
         return _merged(ensemble, verdicts)
     if len(known) < len(ensemble.of):
         return None
-    return _merged(ensemble, verdicts) if len(verdicts) == len(known) else _broken(ensemble, threshold, source, known)
+    if len(verdicts) < len(known):
+        return _broken(ensemble, threshold, source, known)
+    if ensemble.rule == "all":
+        heard = [one for one in verdicts.values() if not one.ignored or _risk(one, source) >= threshold]
+        return _merged(ensemble, verdicts, heard)
+    return _merged(ensemble, verdicts)
 
 
 def _first_confident(
@@ -66,7 +74,7 @@ def _first_confident(
             if last or one.kind in PROVOKED:
                 return _broken(ensemble, threshold, source, asked)
         elif last or _confident(ensemble, one, source):
-            return _merged(ensemble, _verdicts(asked), decider=one)
+            return _merged(ensemble, _verdicts(asked), [one])
     raise AssertionError
 
 
@@ -74,7 +82,8 @@ def _confident(ensemble: Ensemble, verdict: Verdict, source: Source) -> bool:
     """A label without a score is none."""
     assert ensemble.confident is not None
     low, high = ensemble.confident
-    return verdict.score(source) is not None and not low < _risk(verdict, source) < high
+    value = _risk(verdict, source)
+    return verdict.score(source) is not None and (value >= high or (value <= low and not verdict.ignored))
 
 
 def _broken(ensemble: Ensemble, threshold: float, source: Source, asked: Mapping[str, Outcome]) -> Outcome:
@@ -82,7 +91,7 @@ def _broken(ensemble: Ensemble, threshold: float, source: Source, asked: Mapping
     verdicts = _verdicts(asked)
     worst = max(verdicts.values(), key=lambda one: _risk(one, source), default=None)
     if worst is not None and _risk(worst, source) >= threshold:
-        return _merged(ensemble, verdicts, decider=worst)
+        return _merged(ensemble, verdicts, [worst])
     return _failed({name: one for name, one in asked.items() if isinstance(one, GuardError)})
 
 
@@ -112,14 +121,16 @@ def _failed(errors: Mapping[str, GuardError]) -> GuardError:
     return GuardError(worst.kind, message, retry_after=max(waits, default=None))
 
 
-def _merged(ensemble: Ensemble, verdicts: Mapping[str, Verdict], decider: Verdict | None = None) -> Verdict:
-    """One verdict in the name of those that gave one; labels and scores are the ``decider``'s, or the rule's."""
+def _merged(ensemble: Ensemble, verdicts: Mapping[str, Verdict], say: Sequence[Verdict] = ()) -> Verdict:
+    """One verdict in the name of those that gave one; labels and scores are the rule's of those who have a ``say``,
+    which is everybody where nobody else has."""
     every = list(verdicts.values())
-    request, request_score = _voted(ensemble, [decider] if decider else every, "input")
+    say = say or every
+    request, request_score = _voted(ensemble, say, "input")
     response: Label | None = None
     response_score: float | None = None
     if all(one.response is not None for one in every):
-        response, response_score = _voted(ensemble, [decider] if decider else every, "output")
+        response, response_score = _voted(ensemble, say, "output")
     spent = sum if ensemble.rule == "first_confident" else max  # one after the other, or side by side
     return Verdict(
         request=request,
@@ -141,6 +152,7 @@ def _merged(ensemble: Ensemble, verdicts: Mapping[str, Verdict], decider: Verdic
         left_out=_by_name([one.left_out for one in every], max),
         judging=every[0].judging,
         thought=any(one.thought for one in every),
+        ignored=tuple(kind for kind in say[0].ignored if all(kind in one.ignored for one in say)),
     )
 
 
@@ -151,7 +163,7 @@ def _by_name(pairs: Iterable[tuple[tuple[str, _N], ...]], fold: Callable[[list[_
     return tuple((name, fold(numbers)) for name, numbers in found.items())
 
 
-def _voted(ensemble: Ensemble, verdicts: list[Verdict], source: Source) -> tuple[Label, float]:
+def _voted(ensemble: Ensemble, verdicts: Sequence[Verdict], source: Source) -> tuple[Label, float]:
     """Label and score of one source; with the worst score for ``any`` and the best for ``all`` every threshold cuts
     the ensemble as the rule cuts its members."""
     strict, best = (all, min) if ensemble.rule == "all" else (any, max)

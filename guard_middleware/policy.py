@@ -171,20 +171,22 @@ def digest(policy: Policy) -> str:
 def decide(policy: EffectivePolicy, source: Source, outcome: Verdict | GuardError, *, decision_id: str) -> Decision:
     """What ``policy`` makes of one outcome. Total: every outcome gives a decision, and nothing is raised.
 
-    A verdict that does not judge ``source``, or whose score is no probability, is an error, never a guess. Where
-    harmful content is blocked, an error that the content itself causes blocks whatever ``on_error`` says: else
-    making a text too long would be a way past.
+    A verdict that does not judge ``source``, or whose score is no probability, is an error, never a guess; so is one
+    that finds no harm in content of which the guard was told to ignore a part. Where harmful content is blocked, an
+    error that the content itself causes blocks whatever ``on_error`` says: else making a text too long would be a way
+    past.
     """
     rules = policy.source(source)
     if isinstance(outcome, Verdict):
         score = risk(outcome, source)
-        if score is not None:
+        if score is not None and (score >= rules.threshold or not outcome.ignored):
             would = action = Action.ALLOW
             if score >= rules.threshold:
                 would = Action.ANNOTATE if rules.on_harmful == "annotate" else Action.BLOCK
                 action = Action.ALLOW if rules.on_harmful == "shadow" else would
             return _decision(policy, source, decision_id, action, would, Basis.VERDICT, outcome, None)
-        outcome = GuardError(GuardErrorKind.UNPARSEABLE, f"the verdict does not judge the {source}")
+        kind = GuardErrorKind.UNPARSEABLE if score is None else GuardErrorKind.MEDIA
+        outcome = GuardError(kind, f"the verdict does not judge the {source}, or not all of it")
     provoked = outcome.kind in PROVOKED and rules.on_harmful == "block"
     action = {
         "block": Action.BLOCK,

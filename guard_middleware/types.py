@@ -146,6 +146,8 @@ class Verdict:
     ``cached`` says that this verdict was known, or was just being made for somebody else: it cost no tokens now.
     ``left_out`` counts what of earlier turns was judged before and not read again (``characters``, ``images``).
     ``judging`` is how it was asked for, ``thought`` whether the guard reasoned about any of it.
+    ``ignored`` is what was there to judge and the operator has this guard not read (``text``, ``image``): of that,
+    *unharmful* says nothing.
     ``opinions`` are the members' own where an ensemble judged.
     """
 
@@ -164,6 +166,7 @@ class Verdict:
     left_out: tuple[tuple[str, int], ...] = ()
     judging: Judging = REASON
     thought: bool = True
+    ignored: tuple[str, ...] = ()
     opinions: tuple[Opinion, ...] = ()
 
     def label(self, source: Source) -> Label | None:

@@ -206,6 +206,7 @@ def encode_answer(id: str, outcome: Verdict | GuardError) -> bytes:
                 "timings": outcome.timings,
                 "judging": judging_value(outcome.judging),
                 "thought": outcome.thought,
+                "ignored": outcome.ignored,
             }
         }
     return json.dumps({"id": id, **body}, separators=(",", ":")).encode("ascii")
@@ -243,6 +244,7 @@ def decode_answer(data: bytes | str) -> tuple[str, Verdict | GuardError]:
             timings=tuple((_str(stage), float(seconds)) for stage, seconds in v["timings"]),
             judging=_parse_judging(v["judging"]),
             thought=bool(v["thought"]),
+            ignored=tuple(_str(kind) for kind in v.get("ignored", ())),
         )
     except WireError:
         raise

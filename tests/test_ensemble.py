@@ -26,7 +26,7 @@ from guard_middleware.errors import ConfigError, GuardError, GuardErrorKind
 from guard_middleware.policy import PolicySet, decide, risk
 from guard_middleware.policy_explain import explain
 from guard_middleware.telemetry import Telemetry
-from guard_middleware.types import NOT_NEEDED, Action, Conversation, Opinion, Source, Usage, Verdict
+from guard_middleware.types import NOT_NEEDED, Action, Conversation, Decision, Opinion, Source, Usage, Verdict
 from guard_middleware.wire import ModerationRequest
 from tests.support.gateway import Gateway, Process, Upstream, chat, scripted_worker
 from tests.support.pieces import model, question, record, run, user
@@ -55,6 +55,12 @@ def rules(rule: str, threshold: float = 0.5, of: str = "a b", **more: Any) -> So
 def combined(policy: SourcePolicy, said: Mapping[str, Outcome], source: Source = "input") -> Outcome | None:
     assert policy.ensemble is not None
     return combine(policy.ensemble, policy.threshold, source, said)
+
+
+def decided(policy: SourcePolicy, source: Source, outcome: Outcome) -> Decision:
+    config = Config().policies["default"].model_copy(update={source: policy})
+    settings = Config().model_copy(update={"policies": {"default": config}})
+    return decide(PolicySet(settings).resolve(path="/"), source, outcome, decision_id="d")
 
 
 def word(outcome: Outcome | None) -> str:
@@ -127,7 +133,7 @@ def test_harm_that_was_found_does_not_pass_where_a_later_error_would(rule: str) 
     policy = rules(rule, on_error="allow_unscreened")
     outcome = combined(policy, {"a": says(0.6), "b": GuardError("timeout")})
     assert outcome is not None
-    assert action(policy, "input", outcome) is Action.BLOCK
+    assert decided(policy, "input", outcome).action is Action.BLOCK
 
 
 def test_a_label_without_a_score_is_not_confident() -> None:
@@ -192,6 +198,40 @@ def test_the_wait_that_errors_ask_for_is_the_longest() -> None:
     assert outcome.retry_after == 3.0
 
 
+TEXT_UNREAD, IMAGE_UNREAD = says(0.05, ignored=("text",)), says(0.05, ignored=("image",))
+UNREAD = [
+    # a, b: what a policy makes of it under any, all, first_confident
+    (TEXT_UNREAD, SAID["no"], "allow allow allow"),
+    (TEXT_UNREAD, SAID["yes"], "harmful harmful harmful"),
+    (SAID["no"], TEXT_UNREAD, "allow allow allow"),
+    (SAID["hardly"], TEXT_UNREAD, "allow allow media"),
+    (TEXT_UNREAD, TEXT_UNREAD, "media media media"),
+    (TEXT_UNREAD, IMAGE_UNREAD, "allow allow media"),
+    (says(0.95, ignored=("text",)), SAID["no"], "harmful allow harmful"),
+    (says(0.95, ignored=("text",)), IMAGE_UNREAD, "harmful harmful harmful"),
+    (says(0.6, ignored=("text",)), IMAGE_UNREAD, "harmful harmful media"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "expected"), UNREAD)
+def test_no_harm_in_what_a_guard_was_told_to_ignore_is_no_verdict_on_it(
+    first: Verdict, second: Verdict, expected: str
+) -> None:
+    found = []
+    for rule in ("any", "all", "first_confident"):
+        outcome = combined(rules(rule), {"a": first, "b": second})
+        assert outcome is not None
+        decision = decided(rules(rule), "input", outcome)
+        found.append("allow" if decision.action is Action.ALLOW else decision.error or "harmful")
+    assert found == expected.split()
+
+
+def test_alone_a_guard_that_was_told_to_ignore_something_can_only_block() -> None:
+    alone = SourcePolicy(on_error="allow_unscreened")
+    unread, harm = (decided(alone, "input", says(score, ignored=("text",))) for score in (0.05, 0.95))
+    assert (unread.action, unread.error, harm.action, harm.error) == (Action.BLOCK, "media", Action.BLOCK, None)
+
+
 # -- for every set of verdicts --
 
 SCORES = st.floats(0, 1)
@@ -204,6 +244,7 @@ VERDICTS = st.builds(
     SCORES,
     SCORES,
 )
+IGNORING = VERDICTS.map(lambda one: replace(one, ignored=("text",)))
 ERRORS = st.sampled_from(list(GuardErrorKind)).map(GuardError)
 SOURCES: st.SearchStrategy[Source] = st.sampled_from(["input", "output"])
 THRESHOLDS = st.floats(0.01, 0.99)
@@ -214,12 +255,6 @@ def policy_of(rule: str, threshold: float, count: int) -> SourcePolicy:
     confident = (threshold / 2, (1 + threshold) / 2) if rule == "first_confident" else None
     ensemble = Ensemble(rule=rule, of=tuple(NAMES[:count]), confident=confident)  # type: ignore[arg-type]
     return SourcePolicy(threshold=threshold, ensemble=ensemble)
-
-
-def action(policy: SourcePolicy, source: Source, outcome: Outcome) -> Action:
-    config = Config().policies["default"].model_copy(update={source: policy})
-    settings = Config().model_copy(update={"policies": {"default": config}})
-    return decide(PolicySet(settings).resolve(path="/"), source, outcome, decision_id="d").action
 
 
 @given(st.lists(VERDICTS, min_size=1, max_size=4), THRESHOLDS, SOURCES)
@@ -236,7 +271,7 @@ def test_an_ensemble_blocks_exactly_where_the_rule_over_its_guards_would(
 
 @given(
     st.sampled_from(["any", "all", "first_confident"]),
-    st.lists(VERDICTS | ERRORS, min_size=1, max_size=4),
+    st.lists(VERDICTS | IGNORING | ERRORS, min_size=1, max_size=4),
     st.data(),
     THRESHOLDS,
     SOURCES,
@@ -252,7 +287,7 @@ def test_an_early_outcome_is_the_final_one_and_the_final_one_always_comes(
     for count in range(len(order)):
         early = combined(policy, {name: said[name] for name in order[:count]}, source)
         if early is not None:
-            assert action(policy, source, early) == action(policy, source, final)
+            assert decided(policy, source, early).action == decided(policy, source, final).action
 
 
 @given(st.sampled_from(["any", "all", "first_confident"]), st.lists(ERRORS, min_size=1, max_size=4), THRESHOLDS)
@@ -271,7 +306,7 @@ def test_an_error_under_any_and_all_never_passes(
         policy = policy_of(rule, threshold, len(outcomes))
         outcome = combined(policy, dict(zip(NAMES, outcomes, strict=False)), source)
         assert outcome is not None
-        assert action(policy, source, outcome) is Action.BLOCK
+        assert decided(policy, source, outcome).action is Action.BLOCK
 
 
 # -- who is asked, and for how long --

@@ -84,6 +84,7 @@ verdicts = st.builds(
     st.lists(st.tuples(texts, st.floats(0, 9)), max_size=3).map(tuple),
     judging=judgings,
     thought=st.booleans(),
+    ignored=st.lists(texts, max_size=2).map(tuple),
 )
 
 

@@ -180,7 +180,7 @@ class EndpointGuard:
         readable = self._format.modalities | self._options.ignore
         if conversation.blobs() and "image" not in readable:
             raise GuardError(GuardErrorKind.MEDIA, f"{self._format.name} reads no images")
-        if "text" not in readable and any(text.strip() for text in texts(conversation)):
+        if "text" not in readable and _says(conversation):
             raise GuardError(GuardErrorKind.MEDIA, f"{self._format.name} reads no text")
         characters = sum(map(len, texts(conversation)))
         if characters > self._options.max_characters:
@@ -236,7 +236,16 @@ class EndpointGuard:
             categories=tuple(dict.fromkeys(name for one in harmful for name in one.parsed.categories)),
             judging=request.judging,
             thought=bool(reasons),
+            ignored=self._ignored(request.conversation),
         )
+
+    def _ignored(self, conversation: Conversation) -> tuple[Modality, ...]:
+        there: dict[Modality, bool] = {"text": _says(conversation), "image": bool(conversation.blobs())}
+        return tuple(kind for kind in there if there[kind] and kind in self._options.ignore)
+
+
+def _says(conversation: Conversation) -> bool:
+    return any(text.strip() for text in texts(conversation))
 
 
 #: what stands for content that the operator has the guard ignore

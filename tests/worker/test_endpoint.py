@@ -105,13 +105,17 @@ def test_shieldgemma_judges_images_and_leaves_text_to_others_where_it_is_told_to
     bad, none = run(endpoint, "shieldgemma-2", both, words, ignore=frozenset({"text"}))
     assert (bad.request, bad.response, bad.response_score) == ("harmful", "unharmful", 0.0)
     assert (none.request, none.request_score, none.usage.prompt) == ("unharmful", 0.0, 0)
+    seen = run(endpoint, "shieldgemma-2", picture, ignore=frozenset({"text"}))
+    assert (bad.ignored, none.ignored, seen.ignored) == (("text",), ("text",), ())
 
 
 def test_images_are_refused_or_ignored_by_a_guard_that_reads_none(endpoint):
     question = asked(GOOD, LOCK)
     assert run(endpoint, "qwen3guard-gen", question).kind is GuardErrorKind.MEDIA
-    assert run(endpoint, "qwen3guard-gen", question, ignore=frozenset({"image"})).request == "unharmful"
+    seen = run(endpoint, "qwen3guard-gen", question, ignore=frozenset({"image"}))
+    assert (seen.request, seen.ignored) == ("unharmful", ("image",))
     assert endpoint.seen[-1].turns == [("user", "[image]\nhow do I bake bread")]
+    assert run(endpoint, "qwen3guard-gen", asked(GOOD), ignore=frozenset({"image"})).ignored == ()
 
 
 def test_what_a_guard_reads_cannot_be_ignored(endpoint):

@@ -14,7 +14,7 @@ from guard_training.corpus.rows import Skipped
 from guard_training.evaluation import plots, tables
 from guard_training.evaluation.metrics import Mode, called, groups
 from guard_training.evaluation.outcomes import SIDES, Outcome, Side
-from guard_training.rowfile import write_json
+from guard_training.rowfile import write_json, write_whole
 
 SHOWN = 40
 _ABOUT: Mapping[str, str] = {
@@ -124,8 +124,7 @@ def present(
 
 
 def write_report(path: Path, page: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page.encode())
 
 
 def _sections(
