@@ -209,6 +209,7 @@ class AuditLog:
             "thought": verdict.thought,
             "cached": verdict.cached,
             "left_out": dict(verdict.left_out),
+            "ignored": list(verdict.ignored),
         }
 
     async def aclose(self) -> None:

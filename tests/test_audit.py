@@ -65,6 +65,7 @@ def test_one_record_is_one_line_with_everything_that_proves_the_decision(tmp_pat
         "thought": True,
         "cached": False,
         "left_out": {},
+        "ignored": [],
     }
 
 
