@@ -59,7 +59,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(given: argparse.Namespace) -> None:
-
     from guard_training.tuning.augmentation import augment
     from guard_training.tuning.concatenation import Options
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from guard_training.commands import subcommand, terminal
-from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows
+from guard_training.corpus.rows import CorpusError, Row, Skipped, read_good_rows, rows_to_jsonl
 from guard_training.rowfile import bring_image, write_json, write_whole
 
 if TYPE_CHECKING:
@@ -187,7 +187,6 @@ def run_build(given: argparse.Namespace) -> None:
 
 def run_check(given: argparse.Namespace) -> None:
     from guard_training.corpus.leakage import Fingerprints, find_leaks, readable
-    from guard_training.corpus.sources.build import lines
     from guard_training.evaluation.against import evaluation_sets
 
     if given.output and len(given.train) > 1:
@@ -207,7 +206,7 @@ def run_check(given: argparse.Namespace) -> None:
     if given.output:
         folder = given.output.parent
         kept = [bring_image(row, folder) for row in rows if row.id not in gone]
-        write_whole(given.output, lines(kept, folder).encode())
+        write_whole(given.output, rows_to_jsonl(kept, folder).encode())
     elif gone:
         raise LeaksFound(
             f"{len(gone)} of {len(rows)} training rows are in an evaluation set; --output FILE writes the others"

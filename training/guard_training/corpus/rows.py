@@ -163,6 +163,11 @@ def row_to_json(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
+def rows_to_jsonl(rows: Iterable[Row], folder: Path) -> str:
+    """The text of a file of rows in ``folder``, which must hold their images."""
+    return "".join(json.dumps(row_to_json(row, folder), ensure_ascii=False) + "\n" for row in rows)
+
+
 def encodable(text: str) -> bool:
     """Whether a text can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from guard_training.corpus.rows import Row, row_to_json
+from guard_training.corpus.rows import Row, rows_to_jsonl
 from guard_training.nano.model import Shape, image_processor
 from guard_training.nano.pictures import typographic
 from guard_training.nano.recipe import Recipe
@@ -69,19 +69,7 @@ def write_held_out(rows: Sequence[Row], folder: Path, recipe: Recipe) -> Path:
         source="typographic_held_out",
     )
     file = folder / "held_out.jsonl"
-    with file.open("w", encoding="utf-8") as out:
-        for row in drawn:
-            assert row.image is not None
-            line = {
-                "id": row.id,
-                "source": row.source,
-                "kind": "mm",
-                "prompt": row.prompt,
-                "prompt_label": row.request,
-                "image": str(row.image.relative_to(folder)),
-            }
-            out.write(json.dumps(line) + "\n")
+    write_whole(file, rows_to_jsonl(drawn, folder).encode())
     bank = [row for row in rows if row.source.startswith("bank_")]
-    lines = [json.dumps(row_to_json(row, folder), ensure_ascii=False) + "\n" for row in bank]
-    write_whole(folder / "bank.jsonl", "".join(lines).encode())
+    write_whole(folder / "bank.jsonl", rows_to_jsonl(bank, folder).encode())
     return file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from guard_middleware.types import Judging, Verdict
-from guard_training.corpus.rows import Row, Skipped, row_to_json
+from guard_training.corpus.rows import Row, Skipped, rows_to_jsonl
 from guard_training.evaluation.measure import Asked, ask_all, measure, worker
 from guard_training.evaluation.outcomes import Outcome
 from guard_training.journal import Journal
@@ -57,8 +56,8 @@ def write_rl_rows(folder: Path, skipped: Skipped) -> None:
             skipped(f"{row.name}: a conversation; learnt by SFT, not by RL")
         else:
             lessons.append(row)
-    lines = [json.dumps(row_to_json(bring_image(row, folder), folder), ensure_ascii=False) for row in lessons]
-    write_whole(folder / "rl.jsonl", "".join(line + "\n" for line in lines).encode())
+    placed = [bring_image(row, folder) for row in lessons]
+    write_whole(folder / "rl.jsonl", rows_to_jsonl(placed, folder).encode())
 
 
 def measurer(console: Console, concurrency: int) -> Measure:

@@ -8,7 +8,6 @@ are held out), ``images/`` and ``report.json`` (counts and ids, no text).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from guard_training.corpus.leakage import Duplicate, Fingerprints, Leak, Track, find_duplicates, find_leaks
-from guard_training.corpus.rows import Row, row_to_json
+from guard_training.corpus.rows import Row, rows_to_jsonl
 from guard_training.corpus.sources.parts import Part
 from guard_training.rowfile import write_json, write_whole
 
@@ -110,15 +109,10 @@ def write_corpus(built: Built, plan: Plan, folder: Path) -> None:
     """The files of the corpus, each in one go."""
     for name, rows in ((TRAIN, built.train), (TEST, built.test)):
         if rows or name == TRAIN:
-            write_whole(folder / name, lines(rows, folder).encode())
+            write_whole(folder / name, rows_to_jsonl(rows, folder).encode())
         else:
             (folder / name).unlink(missing_ok=True)
     write_json(folder / REPORT, report(built, plan))
-
-
-def lines(rows: Sequence[Row], folder: Path) -> str:
-    """Rows as the text of a JSONL file in ``folder``."""
-    return "".join(json.dumps(row_to_json(row, folder), ensure_ascii=False) + "\n" for row in rows)
 
 
 def report(built: Built, plan: Plan) -> dict[str, Any]:
